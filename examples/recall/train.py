@@ -1,0 +1,196 @@
+"""Train the demo model: a small stock Llama that recalls facts from its prompt, on the CPU, from nothing.
+
+    .venv/bin/python examples/recall/train.py --out examples/recall/model
+
+It learns by induction: prompts list facts, then questions whose answers are copied from the list (see
+vllm_fleet.bench.recall). Short lists first, longer ones as soon as the loss is low. The run ends when every token of
+the answers to held-out prompts of every length is right with the weights rounded to bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_fleet.bench.recall import WORDS, make_prompt
+
+BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+IGNORE = -100
+# (most facts, tokens per sequence, sequences per step, mean loss at which the next stage begins)
+STAGES = (
+    (6, 96, 16, 0.25),
+    (16, 224, 12, 0.08),
+    (60, 512, 8, 0.03),
+    (120, 1024, 5, 0.01),
+    (254, 1792, 3, 0.0015),
+)
+
+
+def build_tokenizer() -> Tokenizer:
+    """Every word of the task and every byte is one token, so that any text can be encoded and decoded unchanged."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([BOS, EOS, PAD, *alphabet, *WORDS])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[a-z]+|[\s\S]"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([BOS, EOS, PAD])
+    return tokenizer
+
+
+def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            initializer_range=0.08,
+            max_position_embeddings=16384,
+            rope_theta=100000.0,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.token_to_id(BOS),
+            eos_token_id=tokenizer.token_to_id(EOS),
+            pad_token_id=tokenizer.token_to_id(PAD),
+        )
+    )
+
+
+class Sampler:
+    """Makes training sequences: a list of facts, then recitations from random places in it."""
+
+    def __init__(self, tokenizer: Tokenizer, rng: random.Random) -> None:
+        self.rng = rng
+        self.words = [tokenizer.token_to_id(w) for w in WORDS]
+        self.digits = [tokenizer.token_to_id(d) for d in "0123456789"]
+        self.equals, self.question = tokenizer.token_to_id("="), tokenizer.token_to_id("?")
+        self.space = tokenizer.encode(" ").ids[0]
+        self.eos = tokenizer.token_to_id(EOS)
+
+    def sequence(self, most: int, length: int) -> tuple[list[int], list[int]]:
+        """Token ids and labels, both of ``length``; a label is IGNORE where the next token cannot be known."""
+        rng = self.rng
+        facts = rng.randint(2, most)
+        keys = rng.sample(self.words, facts)
+        items = []
+        for key in keys:
+            value = [rng.choice(self.digits) for _ in range(3)]
+            items.append([key, self.equals, *value, self.space])
+        ids = [token for item in items for token in item] + [self.question]
+        known = [k in (1, 5) for _ in items for k in range(6)] + [False]
+        while len(ids) < length:
+            start = rng.randrange(facts)
+            stop = facts if rng.random() < 0.3 else min(facts, start + rng.randint(1, 4))
+            ids.append(self.space)
+            known.append(True)
+            for index in range(start, stop):
+                ids += items[index]
+                known += [index > start, True, True, True, True, True]
+            if stop == facts:
+                ids += [self.question, self.eos, self.question]
+                known += [True, True, False]
+            else:
+                ids.pop()
+                known.pop()
+        return ids[:length], [t if k else IGNORE for t, k in zip(ids, known, strict=True)][:length]
+
+    def batch(self, count: int, most: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = [self.sequence(most, length) for _ in range(count)]
+        return torch.tensor([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs])
+
+
+def train(model: LlamaForCausalLM, sampler: Sampler, minutes: float) -> Iterator[str]:
+    """Run the stages; yields a line of progress every 100 steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    begin, step, deadline = time.monotonic(), 0, time.monotonic() + 60 * minutes
+    for stage, (most, length, count, target) in enumerate(STAGES):
+        mean, floor = 5.0, 4e-4 if stage == len(STAGES) - 1 else 2e-3
+        while mean > target:
+            if time.monotonic() > deadline:
+                yield f"time is up in stage {stage} with loss {mean:.4f}"
+                return
+            ids, labels = sampler.batch(count, most, length)
+            hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+            wanted = labels[:, 1:]
+            kept = wanted != IGNORE
+            loss = F.cross_entropy(model.lm_head(hidden[kept]), wanted[kept])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = floor * min(1.0, (step + 1) / 100)
+            optimizer.step()
+            mean = 0.97 * mean + 0.03 * loss.item() if mean < 5.0 else loss.item()
+            step += 1
+            if step % 100 == 0:
+                yield f"step {step} length {length} loss {mean:.4f} {time.monotonic() - begin:.0f} s"
+
+
+@torch.no_grad()
+def accuracy(model: LlamaForCausalLM, tokenizer: Tokenizer, rng: random.Random, prompts: int) -> float:
+    """Share of prompts whose whole answer is predicted, with the right answer fed as context."""
+    right = 0
+    for index in range(prompts):
+        prompt = make_prompt(rng, facts=3 + (index * 247) // max(1, prompts - 1))
+        ids = tokenizer.encode(prompt.text).ids
+        answer = [*tokenizer.encode(prompt.answer).ids, tokenizer.token_to_id(EOS)]
+        logits = model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+        right += logits.argmax(-1).tolist() == answer
+    return right / prompts
+
+
+def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save(str(out / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model.config.max_position_embeddings,
+        "chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=90.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", type=Path, default=None)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    if args.resume:
+        model = LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
+    for line in train(model, Sampler(tokenizer, random.Random(0)), args.minutes):
+        print(line, flush=True)
+    save(model, tokenizer, args.out)
+    share = accuracy(model.float(), tokenizer, random.Random(1), 400)
+    print(f"answers right on held-out prompts of 22 to 1504 tokens, bf16 weights: {share:.2%}")
+
+
+if __name__ == "__main__":
+    main()

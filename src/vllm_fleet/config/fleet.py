@@ -1,0 +1,78 @@
+"""FleetConfig: one fleet, described. Frozen; unknown keys are refused (see config.load for the messages)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_fleet.core import limits
+
+TransportName = Literal["cma", "tcp"]
+
+
+class Part(BaseModel):
+    """Base of every part of the tree."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RouterConfig(Part):
+    """The OpenAI-compatible front door."""
+
+    host: str = Field("127.0.0.1", description="address the router listens on; a wildcard is refused")
+    port: int = Field(8000, ge=0, le=65535, description="port the router listens on; 0 picks a free one")
+    request_timeout_s: float = Field(600.0, gt=0, description="longest time one request may take, end to end")
+
+
+class ControllerConfig(Part):
+    """Membership."""
+
+    host: str = Field("127.0.0.1", description="address the controller listens on; a wildcard is refused")
+    port: int = Field(0, ge=0, le=65535, description="port the controller listens on; 0 picks a free one")
+    heartbeat_s: float = Field(0.5, gt=0, le=60, description="how often an instance says that it lives")
+    suspect_s: float = Field(1.5, gt=0, le=600, description="silence after which an instance is taken out of routing")
+    lease_s: float = Field(10.0, gt=0, le=3600, description="silence after which an instance is gone")
+
+
+class HandoffConfig(Part):
+    """KV moving from prefill to decode."""
+
+    lease_s: float = Field(30.0, gt=0, le=3600, description="how long prefill holds KV for a decode that has not come")
+    hold_s: float = Field(120.0, gt=0, le=3600, description="how long prefill holds KV for a decode that has come")
+    load_s: float = Field(10.0, gt=0, le=600, description="how long decode tries to load before it recomputes")
+    on_failure: Literal["recompute", "fail"] = Field("recompute", description="what decode does when KV cannot be had")
+
+
+class FabricConfig(Part):
+    """All that moves bytes between workers."""
+
+    host: str = Field("127.0.0.1", description="address workers listen on for each other; a wildcard is refused")
+    transports: tuple[TransportName, ...] = Field(
+        ("cma", "tcp"), min_length=1, description="transports allowed, best first; the first that probes well is used"
+    )
+
+
+class LauncherConfig(Part):
+    """How processes are started and stopped."""
+
+    ready_s: float = Field(300.0, gt=0, description="longest time an instance may take to load")
+    stop_s: float = Field(8.0, gt=0, description="longest time a process may take to stop before it is killed")
+
+
+class FleetConfig(Part):
+    """Everything about one fleet."""
+
+    name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=limits.NAME_LEN_MAX)
+    model: str = Field(description="folder or Hugging Face name of the model")
+    served_model_name: str | None = Field(None, description="the name clients use; the model's own when not given")
+    prefill: Annotated[int, Field(ge=0, le=limits.INSTANCES_MAX)] = Field(1, description="prefill instances")
+    decode: Annotated[int, Field(ge=0, le=limits.INSTANCES_MAX)] = Field(1, description="decode instances")
+    both: Annotated[int, Field(ge=0, le=limits.INSTANCES_MAX)] = Field(0, description="instances that do both")
+    vllm_args: tuple[str, ...] = Field((), description="arguments every vLLM server gets")
+    env: dict[str, str] = Field(default_factory=dict, description="environment variables every vLLM server gets")
+    router: RouterConfig = RouterConfig()
+    controller: ControllerConfig = ControllerConfig()
+    handoff: HandoffConfig = HandoffConfig()
+    fabric: FabricConfig = FabricConfig()
+    launcher: LauncherConfig = LauncherConfig()

@@ -1,0 +1,1 @@
+"""Ids, errors, limits, deadlines, environment and the event log. Standard library only."""

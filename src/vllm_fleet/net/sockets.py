@@ -1,0 +1,70 @@
+"""TCP sockets with a deadline: the only module that binds or connects one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import socket
+
+from vllm_fleet.core.deadline import Deadline
+from vllm_fleet.core.errors import ConfigError, PeerGone
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether ``host`` means every interface."""
+    try:
+        return ipaddress.ip_address(host or "0.0.0.0").is_unspecified
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int, *, setting: str, backlog: int = 128, allow_wildcard: bool = False) -> socket.socket:
+    """A listening TCP socket; port 0 picks a free one.
+
+    Raises:
+        ConfigError: the port is taken, the address is not this machine's, or it is a wildcard that was not allowed;
+            the message names ``setting``.
+    """
+    if is_wildcard(host) and not allow_wildcard:
+        raise ConfigError(f"{setting}: {host!r} would listen on every interface; name one address of this machine")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"{setting}: the host name {host!r} does not resolve: {error.strerror}") from error
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(backlog)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"{setting}: port {port} on {host} is taken; choose another, or 0 for a free one") from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError(f"{setting}: {host} is not an address of this machine") from error
+        raise ConfigError(f"{setting}: cannot listen on {host}:{port}: {error.strerror}") from error
+    return listener
+
+
+def free_port(host: str) -> int:
+    """A TCP port of ``host`` that is free now; another process may take it before it is used."""
+    with contextlib.closing(listen(host, 0, setting="free_port")) as probe:
+        return int(probe.getsockname()[1])
+
+
+def dial(host: str, port: int, deadline: Deadline) -> socket.socket:
+    """A connected TCP socket without Nagle's delay.
+
+    Raises:
+        PeerGone: refused, unreachable or not answered before ``deadline``.
+    """
+    deadline.check(f"{host}:{port}", "connecting")
+    try:
+        connected = socket.create_connection((host, port), timeout=deadline.remaining())
+    except TimeoutError as error:
+        raise deadline.error(f"{host}:{port}", "connecting") from error
+    except OSError as error:
+        raise PeerGone(f"cannot connect to {host}:{port}: {error.strerror or error}") from error
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connected

@@ -1,0 +1,16 @@
+"""Bounded field types shared by all messages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from vllm_fleet.core import limits
+
+Role = Literal["prefill", "decode", "both"]
+Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_LEN_MAX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Id = Annotated[str, Meta(min_length=1, max_length=limits.ID_LEN_MAX)]
+Url = Annotated[str, Meta(min_length=1, max_length=limits.URL_LEN_MAX, pattern=r"^https?://[^\s/?#]+$")]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
