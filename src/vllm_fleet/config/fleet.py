@@ -14,7 +14,7 @@ TransportName = Literal["cma", "tcp"]
 class Part(BaseModel):
     """Base of every part of the tree."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RouterConfig(Part):
@@ -63,8 +63,10 @@ class LauncherConfig(Part):
 class FleetConfig(Part):
     """Everything about one fleet."""
 
-    name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=limits.NAME_LEN_MAX)
-    model: str = Field(description="folder or Hugging Face name of the model")
+    name: str = Field(
+        "default", pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=limits.NAME_LEN_MAX, description="name of the fleet"
+    )
+    model: str = Field(min_length=1, description="folder or Hugging Face name of the model")
     served_model_name: str | None = Field(None, description="the name clients use; the model's own when not given")
     prefill: Annotated[int, Field(ge=0, le=limits.INSTANCES_MAX)] = Field(1, description="prefill instances")
     decode: Annotated[int, Field(ge=0, le=limits.INSTANCES_MAX)] = Field(1, description="decode instances")

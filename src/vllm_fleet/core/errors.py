@@ -2,7 +2,9 @@
 
 FleetError
 ├── BadRequest        the caller's fault: correct the request and try again
-│   └── ConfigError   a setting is wrong: names the setting, what was expected and what was found
+│   ├── ConfigError   a setting is wrong: names the setting, what was expected and what was found
+│   ├── Fenced        a later life holds this name: stop acting for it, or come back as a new life
+│   └── NotRegistered the controller does not know this name: register again
 ├── Busy              nobody's fault: try again later
 ├── PeerGone          the other side is dead or unreachable: try elsewhere
 │   ├── DeadlineExceeded   it did not answer in time: names who, what and which setting to look at
@@ -25,6 +27,14 @@ class BadRequest(FleetError):
 
 class ConfigError(BadRequest):
     """A setting is wrong; the message names it, what was expected and what was found."""
+
+
+class Fenced(BadRequest):
+    """A later life of this member holds its name; this one must stop acting for it, or come back as a new life."""
+
+
+class NotRegistered(BadRequest):
+    """The controller does not know this member (its lease ended, or the journal is new): register again."""
 
 
 class Busy(FleetError):

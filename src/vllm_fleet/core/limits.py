@@ -1,4 +1,4 @@
-"""Every bound of the system in one place: frames, queues, retries, names. A limit that is reached has a named outcome."""
+"""Every bound of the system in one place. A limit that is reached has a named outcome."""
 
 from __future__ import annotations
 
@@ -30,13 +30,61 @@ HISTORY_MAX = 4096  # changes kept for watchers that resume; older ones get a sn
 WATCHERS_MAX = 1024
 WATCH_QUEUE_MAX = 1024  # changes waiting for one watcher; a slower one is cut off and resumes
 CONTROL_BODY_BYTES_MAX = 64 << 10
+CONTROL_BODY_S = 5.0  # a request body that is not complete by then is refused
+CONTROL_QUEUE_MAX = 1024  # requests waiting for their turn; one more is refused as busy
+CONTROL_ANSWER_BYTES_MAX = 40 << 20  # a snapshot: MEMBERS_MAX x 10 KiB, the longest a member can be as JSON
+WATCH_LINE_BYTES_MAX = CONTROL_ANSWER_BYTES_MAX  # the longest watch line is a snapshot
+STILL_HERE_S = 1.0  # a watch stream says that it lives at least this often
+WATCH_WRITE_S = 5.0  # a watcher that takes no bytes for so long is cut off
+WATCH_SILENCE_S = 5.0  # a watcher takes a stream that is silent for so long for dead
+WATCH_CONNECT_S = 2.0
+WATCH_BACKOFF_S_MIN = 0.1  # first pause between two attempts; doubles
+WATCH_BACKOFF_S_MAX = 2.0
+PAST_LIVES_MAX = 4096  # lives remembered after they left or were replaced; the oldest is forgotten
+JOURNAL_RECORD_BYTES_MAX = 128 << 10  # one member at most: a body of CONTROL_BODY_BYTES_MAX, and room
+JOURNAL_BYTES_MAX = 4 << 20  # changes appended before the journal is written anew
+JOURNAL_RETRY_S = 1.0  # pause between two attempts to save again after the disk failed
 
 # Router ------------------------------------------------------------------------------------------------------------
 REQUEST_BODY_BYTES_MAX = 64 << 20  # a longer body is refused with 413
 HEADER_BYTES_MAX = 32 << 10
 PREFILL_ANSWER_BYTES_MAX = 16 << 20  # the answer of a prefill instance, kept in memory
 ERROR_BODY_BYTES_MAX = 1 << 20
+HEADERS_MAX = 100  # header lines of one request; more are refused
+REQUESTS_MAX = 4096  # requests one router works on at once; one more is refused with 503
+REQUEST_ID_LEN_MAX = 128  # of a client's X-Request-Id; a longer one is replaced
+DECODE_ATTEMPTS_MAX = 3  # instances one request is sent to for its answer: the first and two others
+CONNECT_S = 2.0  # opening a connection to an instance
+BACKOFF_S = 1.0  # an instance that refused a connection is left alone so long; doubles with each refusal
+BACKOFF_MAX_S = 10.0
+ORPHAN_S = 15.0  # members a restarted controller does not know yet stay in use so long
+STREAM_TAIL_BYTES_MAX = 1 << 20  # an unfinished event held back; a longer one is passed on in parts
+ANSWER_BUFFER_BYTES_MAX = 16 << 20  # of an answer that is no stream, kept so that it can be asked for again
+RETRY_AFTER_S = 1  # told to clients that are refused with 503
+ROUTER_STOP_S = 2.0  # running requests get so long when the router stops
+MODELS_CACHE_S = 5.0
+METRICS_BODY_BYTES_MAX = 8 << 20  # an instance's /metrics; a longer page is not read
+AUDIT_POLL_S = 1.0
+AUDIT_READ_S = 5.0  # one reading of an instance's counters
+AUDIT_SETTLE_S = 3.0  # a handoff older than this must show in the decode instance's counters
+WARN_EVERY_S = 5.0  # the same warning about the same instance is logged at most so often
+
+# Configuration -----------------------------------------------------------------------------------------------------
+CONFIG_FILE_BYTES_MAX = 1 << 20  # a larger fleet.yaml is refused
+CONFIG_VALUES_MAX = 100_000  # parts of one value; larger ones are refused
 
 # Launcher ----------------------------------------------------------------------------------------------------------
 INSTANCES_MAX = 256
 LOG_TAIL_LINES = 40  # lines of a dead child's log that `up` prints
+LOG_TAIL_BYTES = 256 << 10  # end of a dead child's log that is searched for its reason
+LOG_END_LINES = 400  # of these, when it died long after its start
+LOG_FOLLOW_BYTES = 64 << 10  # read from one log per turn when it is shown on the terminal
+PORT_TRIES_MAX = 3  # starts of one process whose port was taken between choosing and using it
+PROBES_MAX = 16  # health questions in flight at once; the others wait for the next turn
+PROBE_S = 2.0  # one health question; a loading server answers late, or not at all
+ANSWER_BYTES_MAX = 8 << 20  # answer to one of the launcher's own HTTP questions; 4096 members fit
+RUN_RECORD_BYTES_MAX = 4 << 20  # fleet.json
+LEFTOVERS_MAX = 4096  # files remembered per process for removal after its death; further ones are left alone
+SOCKET_PATH_LEN_MAX = 107  # a unix socket's path (sun_path, Linux)
+RESTART_BACKOFF_S = 0.5  # before the first restart of controller or router; doubles with each
+RESTART_BACKOFF_MAX_S = 10.0

@@ -5,30 +5,46 @@ Never log prompts, tokens, secrets or raw bytes of a peer: a decode failure logs
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 EVENTS: dict[str, str] = {
+    "accept.failed": "a worker could not accept a connection; it goes on listening",
     "auth.refused": "a connection did not prove the fleet's token; it was closed",
     "child.exit": "a child process ended",
+    "child.gone": "an instance ended; the fleet goes on without it",
+    "child.restart": "the controller or the router ended; it is started again",
     "child.start": "a child process was started",
     "config.port_retry": "a port was taken between choosing and using it; another is tried",
+    "controller.bug": "the controller failed on one request or tick in a way it should not; it goes on",
+    "controller.reachable": "the controller answers again after it was unreachable",
     "controller.start": "the controller listens",
+    "controller.stop": "the controller was told to stop",
     "controller.unreachable": "the controller does not answer; the last known fleet stays in use",
     "frame.refused": "a peer sent bytes that are no valid frame; its connection was closed",
     "handoff.expired": "a lease ended before decode took the KV; its blocks are freed",
     "handoff.failed": "decode could not load KV and recomputes the prompt",
     "handoff.no_bytes": "requests were handed off but decode loaded no KV: prefill/decode in name only",
+    "handoff.no_params": "a prefill instance answered without kv_transfer_params: is the connector configured there?",
     "handoff.refused": "kv_transfer_params were not signed by this fleet or do not fit; they are ignored",
     "instance.registered": "this instance registered with the controller",
+    "journal.failed": "the journal cannot be written: members live in memory only and joins wait",
+    "journal.saved": "the journal is written again after it failed",
     "journal.truncated": "the journal ended in a torn record, which was dropped",
     "link.chosen": "a link to a peer is up; says which transport and why better ones were passed over",
     "link.lost": "a link to a peer broke",
     "member.changed": "a member of the fleet changed its state",
     "member.gone": "a member of the fleet left or its lease ended",
+    "router.bug": "the router failed on a request; please report it",
+    "record.failed": "fleet.json could not be written; the fleet goes on, other commands see an old state",
     "router.start": "the router listens",
+    "router.stop": "the router stops: no new requests, running ones get a short time to end",
     "upstream.failed": "an instance did not answer a request",
+    "watcher.slow": "a watcher did not keep up with the changes; it was cut off and may resume",
 }
 
 _LOGGER = logging.getLogger("vllm_fleet")
@@ -41,6 +57,18 @@ def setup(stream: object = None) -> None:
     _LOGGER.handlers[:] = [handler]
     _LOGGER.setLevel(logging.INFO)
     _LOGGER.propagate = False
+
+
+@contextlib.contextmanager
+def to_file(file: Path) -> Iterator[None]:
+    """Send this process's events to the end of ``file`` for a while."""
+    before = _LOGGER.handlers[:], _LOGGER.level, _LOGGER.propagate
+    with file.open("a", encoding="utf-8") as stream:
+        setup(stream)
+        try:
+            yield
+        finally:
+            _LOGGER.handlers[:], _LOGGER.level, _LOGGER.propagate = before
 
 
 def event(name: str, *, level: int = logging.INFO, **values: object) -> None:

@@ -5,19 +5,24 @@ Used from threads: the fabric's data path is system calls that release the inter
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_fleet.core import limits, log
 from vllm_fleet.core.deadline import Deadline
-from vllm_fleet.core.errors import AuthError, Corrupt, FleetError, LinkError, PeerGone
+from vllm_fleet.core.errors import Corrupt, FleetError, LinkError, PeerGone
 from vllm_fleet.net import sockets
 from vllm_fleet.wire.auth import ClientHandshake, ServerHandshake
 from vllm_fleet.wire.frames import HEADER, encode_frame, frame_length
 
 PREAUTH_SETTING = "limits.PREAUTH_S"
+FRAME_S = 30.0
+ACCEPT_PAUSE_S = 0.1
+FRAME_SETTING = "net.channel.FRAME_S"
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,26 @@ class Channel:
             view = view[got:]
         return received
 
-    def wait_readable_forever(self) -> None:
-        """Let the next receive block until the peer speaks or leaves; for servers between two questions."""
+    def receive_idle(self, bytes_max: int = limits.FRAME_BYTES_MAX) -> bytes | None:
+        """The peer's next frame, however long it stays silent; None when it has left.
+
+        Once a frame has begun the rest must follow within FRAME_S: a peer cannot hold half a frame here.
+        """
         self.socket.settimeout(None)
+        try:
+            first = self.socket.recv(1)
+        except OSError:
+            return None
+        if not first:
+            return None
+        deadline = Deadline.after(FRAME_S, FRAME_SETTING)
+        header = first + bytes(self.receive_exactly(HEADER.size - 1, deadline))
+        return bytes(self.receive_exactly(frame_length(header, bytes_max), deadline))
 
     def close(self) -> None:
         """Close the connection; a thread blocked in it wakes with PeerGone. Safe to call twice."""
-        try:
+        with contextlib.suppress(OSError):  # not connected any more
             self.socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # not connected any more
         self.socket.close()
 
     def _arm(self, deadline: Deadline, what: str) -> None:
@@ -141,10 +156,8 @@ class ChannelServer:
         with self._lock:
             self._closed = True
             channels = list(self._open)
-        try:
+        with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
-        except OSError:
-            pass
         self._listener.close()
         for channel in channels:
             channel.close()
@@ -161,9 +174,11 @@ class ChannelServer:
         while True:
             try:
                 connected, address = self._listener.accept()
-            except OSError:
+            except OSError as error:
                 if self._closed:
                     return
+                log.warn("accept.failed", port=self.port, reason=str(error))
+                time.sleep(ACCEPT_PAUSE_S)  # out of file descriptors: let some be closed
                 continue
             channel = Channel(connected, f"{address[0]}:{address[1]}")
             with self._lock:
@@ -203,6 +218,3 @@ class ChannelServer:
         handshake = ServerHandshake(self._credentials.token, self._credentials.fleet)
         while not handshake.done:
             channel.send(handshake.receive(channel.receive(deadline, limits.PREAUTH_FRAME_BYTES_MAX)), deadline)
-
-
-__all__ = ["AuthError", "Channel", "ChannelServer", "Credentials", "connect"]

@@ -40,7 +40,9 @@ def listen(host: str, port: int, *, setting: str, backlog: int = 128, allow_wild
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"{setting}: port {port} on {host} is taken; choose another, or 0 for a free one") from error
+            raise ConfigError(
+                f"{setting}: port {port} on {host} is taken; choose another, or 0 for a free one"
+            ) from error
         if error.errno == errno.EADDRNOTAVAIL:
             raise ConfigError(f"{setting}: {host} is not an address of this machine") from error
         raise ConfigError(f"{setting}: cannot listen on {host}:{port}: {error.strerror}") from error

@@ -3,10 +3,10 @@
 | call | body | answer |
 | --- | --- | --- |
 | POST /v1/members | Register | 200 Registered (the same incarnation again: the same answer) |
-| POST /v1/members/NAME/heartbeat | Heartbeat | 200 HeartbeatAck; 409 another generation holds the name; 404 unknown: register again |
+| POST /v1/members/NAME/heartbeat | Heartbeat | 200 HeartbeatAck; 409 fenced by another generation; 404 unknown |
 | DELETE /v1/members/NAME?generation=G | | 204, also when it is gone already; 409 another generation holds the name |
 | GET /v1/members | | 200 Snapshot |
-| GET /v1/watch?since=REVISION | | 200 WatchEvent lines (NDJSON): a Snapshot first, or the changes after REVISION if still known |
+| GET /v1/watch?since=REVISION | | 200 WatchEvent lines (NDJSON): a Snapshot, or the changes after REVISION if known |
 | GET /health | | 200 |
 
 All but /health need ``Authorization: Bearer TOKEN``. Errors are ErrorBody with a 4xx or 5xx status.
@@ -23,7 +23,7 @@ from vllm_fleet.core import limits
 from vllm_fleet.wire.names import Count, Id, Name, Role, Url
 
 State = Literal["starting", "ready", "suspect", "draining", "gone"]
-"""``starting``: registered, does not answer yet. ``suspect``: heartbeats stopped. ``gone``: left, or its lease ended."""
+"""``starting``: does not answer yet. ``suspect``: heartbeats stopped. ``gone``: left, or its lease ended."""
 
 ReportedState = Literal["starting", "ready", "draining"]
 """The states an instance can say of itself."""
@@ -82,7 +82,7 @@ class Member(Struct, frozen=True):
 
 
 class Snapshot(Struct, frozen=True, tag="snapshot"):
-    """The whole fleet at one revision; ``controller`` is the id of the controller's journal: another id, other revisions."""
+    """The whole fleet at one revision; ``controller`` names the journal that the revision belongs to."""
 
     controller: Id
     revision: Count

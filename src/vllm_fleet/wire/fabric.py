@@ -21,16 +21,11 @@ from msgspec import Meta, Struct
 from vllm_fleet.core import limits
 from vllm_fleet.wire.names import Count, Id
 
+RUN_BYTES = 24
+"""Encoded size of one run of a Read."""
+
 BlockId = Annotated[int, Meta(ge=0, le=2**40)]
 Fact = Annotated[str, Meta(max_length=limits.ID_LEN_MAX)]
-
-
-class Run(Struct, frozen=True, array_like=True):
-    """``nbytes`` bytes at ``offset`` of a registered region."""
-
-    region: Annotated[int, Meta(ge=0, lt=limits.REGIONS_MAX)]
-    offset: Count
-    nbytes: Annotated[int, Meta(ge=1, le=2**40)]
 
 
 class PoolHandle(Struct, frozen=True):
@@ -80,7 +75,8 @@ class Read(Struct, frozen=True, tag="read"):
     grant: Id
     """The open transfer on whose behalf the runs are read."""
     pool: Id
-    runs: Annotated[tuple[Run, ...], Meta(min_length=1, max_length=limits.RUNS_MAX)]
+    runs: Annotated[bytes, Meta(min_length=RUN_BYTES, max_length=RUN_BYTES * limits.RUNS_MAX)]
+    """Little-endian int64 triples: region index, offset in bytes, length in bytes."""
 
 
 class Reading(Struct, frozen=True, tag="reading"):

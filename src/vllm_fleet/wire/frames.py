@@ -15,7 +15,7 @@ def encode_frame(payload: bytes) -> bytes:
 
 
 def frame_length(header: bytes, bytes_max: int) -> int:
-    """The payload length that a four-byte header announces; Corrupt when it is over ``bytes_max``, before any allocation."""
+    """The payload length a four-byte header announces; Corrupt, before any allocation, when over ``bytes_max``."""
     (length,) = HEADER.unpack(header)
     if length > bytes_max:
         raise Corrupt(f"a frame of {length} bytes was announced; at most {bytes_max} are taken here")

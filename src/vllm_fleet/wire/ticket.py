@@ -88,7 +88,7 @@ def unseal(sealed: object, token: bytes) -> Ticket:
 def transfer_params(
     ticket: Ticket, token: bytes, *, request_id: str, block_ids: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """The kv_transfer_params of a prefill answer: NixlConnector's keys, for proxies that look at them, and the ticket."""
+    """The kv_transfer_params of a prefill answer: NixlConnector's keys, for proxies that look, and the ticket."""
     first = ticket.workers[0]
     return {
         "do_remote_prefill": True,

@@ -1,0 +1,148 @@
+"""``vllm-fleet``: the commands and their flags. A command imports what it needs when it runs: --help stays quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_fleet import __version__
+from vllm_fleet.core.errors import ConfigError, FleetError
+
+app = typer.Typer(
+    name="vllm-fleet",
+    help="Many vLLM instances as one service.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="What a fleet is configured to be.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+ConfigFlag = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="The fleet's file; fleet.yaml of this folder if there is one."),
+]
+ModelFlag = Annotated[str | None, typer.Option("--model", help="Folder or Hugging Face name of the model.")]
+PrefillFlag = Annotated[int | None, typer.Option("--prefill", metavar="N", help="Prefill instances.")]
+DecodeFlag = Annotated[int | None, typer.Option("--decode", metavar="N", help="Decode instances.")]
+BothFlag = Annotated[int | None, typer.Option("--both", metavar="N", help="Instances that do both.")]
+VllmArgFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--vllm-arg", metavar="ARG", help="One argument for every vLLM server: --vllm-arg=--max-model-len=512."
+    ),
+]
+EnvFlag = Annotated[
+    list[str] | None,
+    typer.Option("--env", metavar="K=V", help="An environment variable for every vLLM server."),
+]
+NameFlag = Annotated[str | None, typer.Option("--name", help="Name of the fleet.")]
+PortFlag = Annotated[
+    int | None,
+    typer.Option("--router-port", metavar="PORT", help="Port of the router; 0 picks a free one."),
+]
+HostFlag = Annotated[str | None, typer.Option("--host", help="Address the router listens on.")]
+TransportFlag = Annotated[
+    list[str] | None,
+    typer.Option("--transport", help="A transport that may be used, best first; may be repeated."),
+]
+RunningFlag = Annotated[str, typer.Option("--name", help="Name of the fleet.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def up(
+    config: ConfigFlag = None,
+    model: ModelFlag = None,
+    prefill: PrefillFlag = None,
+    decode: DecodeFlag = None,
+    both: BothFlag = None,
+    vllm_arg: VllmArgFlag = None,
+    env: EnvFlag = None,
+    name: NameFlag = None,
+    router_port: PortFlag = None,
+    host: HostFlag = None,
+    transport: TransportFlag = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the fleet is ready.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the processes write.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Start a fleet, and stop it on Ctrl-C."""
+    from vllm_fleet.cli import flags
+    from vllm_fleet.cli import up as command
+
+    given = flags.collect(model, prefill, decode, both, vllm_arg, env, name, router_port, host, transport)
+    raise typer.Exit(command.run(config, given, detach=detach, verbose=verbose, as_json=json))
+
+
+@app.command()
+def status(name: RunningFlag = "default", json: JsonFlag = False) -> None:
+    """Show what runs."""
+    from vllm_fleet.cli import status as command
+
+    command.run(name, as_json=json)
+
+
+@app.command()
+def down(name: RunningFlag = "default") -> None:
+    """Stop a fleet and remove what it left."""
+    from vllm_fleet.cli import down as command
+
+    command.run(name)
+
+
+@app.command()
+def logs(
+    process: Annotated[str, typer.Argument(metavar="PROCESS", help="router, controller, supervisor, prefill-0, …")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows.")] = False,
+    name: RunningFlag = "default",
+) -> None:
+    """Show what one process wrote."""
+    from vllm_fleet.cli import logs as command
+
+    command.run(name, process, follow=follow)
+
+
+@config_app.command()
+def explain(
+    config: ConfigFlag = None,
+    model: ModelFlag = None,
+    prefill: PrefillFlag = None,
+    decode: DecodeFlag = None,
+    both: BothFlag = None,
+    vllm_arg: VllmArgFlag = None,
+    env: EnvFlag = None,
+    name: NameFlag = None,
+    router_port: PortFlag = None,
+    host: HostFlag = None,
+    transport: TransportFlag = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show each setting, and where its value came from."""
+    from vllm_fleet.cli import explain as command
+    from vllm_fleet.cli import flags
+
+    given = flags.collect(model, prefill, decode, both, vllm_arg, env, name, router_port, host, transport)
+    command.run(config, given, as_json=json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """The ``vllm-fleet`` program: a wrong setting ends with code 2, any other failure with 1, one sentence each."""
+    try:
+        app(prog_name="vllm-fleet")
+    except FleetError as error:
+        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""``vllm-fleet status``."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from vllm_fleet.cli.progress import table
+from vllm_fleet.config.load import process_environment
+from vllm_fleet.launcher.status import status
+from vllm_fleet.launcher.up import run_folder
+
+
+def run(name: str, *, as_json: bool) -> None:
+    """Print the fleet's processes."""
+    found = status(run_folder(name, process_environment()))
+    for remark in found.remarks:
+        typer.secho(remark, fg=typer.colors.YELLOW, err=True)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        typer.echo(f"fleet '{found.record.fleet}' serves {found.record.model} ({found.record.phase})")
+        typer.echo(table(found.record, found.states))

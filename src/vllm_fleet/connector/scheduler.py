@@ -1,0 +1,167 @@
+"""The connector's scheduler side: which requests hold, load or give up KV. Runs on the engine's thread; no I/O.
+
+One request on prefill: finished -> held (its blocks stay) -> vLLM frees them when every worker reports the pin ended.
+One request on decode: wanted (a valid ticket came with it) -> loading (blocks allocated) -> loaded | recomputed;
+or wanted -> local (nothing left to load) | dropped; each wanted transfer that is not loaded is given up explicitly.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_fleet.connector.jobs import HoldJob, LoadJob, ReleaseJob
+from vllm_fleet.connector.meta import StepMetadata
+from vllm_fleet.connector.versions import request_adapter
+from vllm_fleet.core import log
+from vllm_fleet.core.env import Env
+from vllm_fleet.core.errors import FleetError
+from vllm_fleet.wire.ticket import (
+    FIELD,
+    Ticket,
+    WorkerAddress,
+    asks_to_hold,
+    asks_to_load,
+    prompt_digest,
+    transfer_params,
+    unseal,
+)
+
+HELD_STATUSES = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+
+
+@dataclass
+class _Load:
+    blocks: frozenset[int]
+    failed: bool = False
+
+
+class SchedulerSide:
+    """State of all requests that hand over or take KV."""
+
+    def __init__(self, *, token: bytes, engine: str, block_tokens: int, env: Env) -> None:
+        self.workers: tuple[WorkerAddress, ...] = ()
+        self.outcomes: Counter[str] = Counter()
+        self._token = token
+        self._engine = engine
+        self._block_tokens = block_tokens
+        self._env = env
+        self._wanted: dict[str, Ticket] = {}
+        self._loading: dict[str, _Load] = {}
+        self._next = StepMetadata()
+
+    # Decode ---------------------------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        """Look at the ticket, if one came. Anything that is not ours is ignored: the prompt is computed here."""
+        params = request.kv_transfer_params
+        if not asks_to_load(params):
+            return
+        assert params is not None
+        try:
+            ticket = unseal(params.get(FIELD), self._token)
+        except FleetError as error:
+            self._refuse(request, str(error))
+            return
+        reason = self._misfit(request, ticket)
+        if reason is not None:
+            self._refuse(request, reason)
+            self._give_up(ticket)
+            return
+        self._wanted[request.request_id] = ticket
+
+    def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int, bool]:
+        """Tokens that can be loaded beyond ``local_tokens``, and whether asynchronously. Free of side effects."""
+        ticket = self._wanted.get(request.request_id)
+        if ticket is None:
+            return 0, False
+        tokens = min(ticket.tokens, request.num_tokens) - local_tokens
+        return (tokens, True) if tokens > 1 else (0, False)  # vLLM computes the last token itself in any case
+
+    def on_allocated(self, request: Request, blocks: list[int], external_tokens: int) -> None:
+        """Blocks of the whole request so far are allocated; ``external_tokens`` of its tokens are to be loaded."""
+        ticket = self._wanted.pop(request.request_id, None)
+        if ticket is None:
+            return
+        if external_tokens == 0:
+            self.outcomes["local"] += 1
+            self._give_up(ticket)
+            return
+        local_tokens = min(ticket.tokens, request.num_tokens) - external_tokens
+        skip = local_tokens // self._block_tokens
+        stop = -(-ticket.tokens // self._block_tokens)
+        targets = tuple(blocks[skip:stop])
+        self._loading[request.request_id] = _Load(frozenset(targets))
+        self._next.loads.append(
+            LoadJob(ticket.transfer, request.request_id, ticket.workers, ticket.engine, targets, skip)
+        )
+
+    def on_output(self, output: KVConnectorOutput) -> None:
+        """Count how loads ended; the workers have reported."""
+        for load in self._loading.values():
+            load.failed |= not load.blocks.isdisjoint(output.invalid_block_ids)
+        for request_id in output.finished_recving or ():
+            ended = self._loading.pop(request_id, None)
+            if ended is not None:
+                self.outcomes["recomputed" if ended.failed else "loaded"] += 1
+
+    # Prefill and the end of every request ---------------------------------------------------------------------------
+
+    def on_finished(self, request: Request, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Whether vLLM keeps the blocks, and what the answer's kv_transfer_params say."""
+        ticket = self._wanted.pop(request.request_id, None)
+        if ticket is not None:
+            self.outcomes["dropped"] += 1
+            self._give_up(ticket)
+        if request.request_id in self._loading:
+            self._next.cancels.append(request.request_id)
+            return False, None
+        if not asks_to_hold(request.kv_transfer_params) or request.status not in HELD_STATUSES:
+            return False, None
+        tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        if not self.workers or not tokens or request.prompt_token_ids is None or not blocks:
+            return False, None
+        held = tuple(blocks[: -(-tokens // self._block_tokens)])
+        digest = prompt_digest(request.prompt_token_ids[:tokens], request.cache_salt, request_adapter(request))
+        made = Ticket(self._env.new_id(), self._engine, tokens, digest, self.workers)
+        self._next.holds.append(HoldJob(made.transfer, request.request_id, held))
+        self.outcomes["held"] += 1
+        return True, transfer_params(made, self._token, request_id=request.request_id, block_ids=[held])
+
+    # Every step -----------------------------------------------------------------------------------------------------
+
+    def take_step(self, output: SchedulerOutput) -> StepMetadata:
+        """The jobs for the workers' next step."""
+        step, self._next = self._next, StepMetadata()
+        step.idle = output.total_num_scheduled_tokens == 0
+        return step
+
+    @property
+    def has_jobs(self) -> bool:
+        """Whether jobs wait for a step, though no request may need one."""
+        step = self._next
+        return bool(step.holds or step.loads or step.releases or step.cancels)
+
+    def take_outcomes(self) -> dict[str, int]:
+        """Outcomes counted since the last call."""
+        taken, self.outcomes = dict(self.outcomes), Counter()
+        return taken
+
+    def _misfit(self, request: Request, ticket: Ticket) -> str | None:
+        token_ids = request.prompt_token_ids
+        if token_ids is None or not 0 < ticket.tokens <= len(token_ids):
+            return f"the ticket is for a prompt of {ticket.tokens} tokens"
+        digest = prompt_digest(token_ids[: ticket.tokens], request.cache_salt, request_adapter(request))
+        return None if digest == ticket.prompt else "the ticket is for another prompt"
+
+    def _refuse(self, request: Request, reason: str) -> None:
+        self.outcomes["refused"] += 1
+        log.warn("handoff.refused", request=request.request_id, reason=reason)
+
+    def _give_up(self, ticket: Ticket) -> None:
+        self._next.releases.append(ReleaseJob(ticket.transfer, ticket.workers))

@@ -1,0 +1,105 @@
+"""The connector's counters, carried by vLLM from its processes to each instance's /metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import Counter, Gauge, Histogram
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+SECONDS_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+
+@dataclass
+class FleetStats(KVConnectorStats):
+    """One interval's observations; ``data`` is plain and additive.
+
+    ``outcomes``: {outcome: handoffs}; ``loads``: [[transport, bytes, copy seconds, whole seconds], ...];
+    ``failures``: {reason: loads}; ``pins``: {rank: transfers held now}; ``expired``: pins that ended unused.
+    """
+
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            self.reset()
+
+    def reset(self) -> None:
+        self.data = {"outcomes": {}, "loads": [], "failures": {}, "pins": {}, "expired": 0}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        for key in ("outcomes", "failures"):
+            for name, count in other.data[key].items():
+                self.data[key][name] = self.data[key].get(name, 0) + count
+        self.data["loads"] += other.data["loads"]
+        self.data["pins"].update(other.data["pins"])
+        self.data["expired"] += other.data["expired"]
+        return self
+
+    def is_empty(self) -> bool:
+        return not any(self.data.values())
+
+    def reduce(self) -> dict[str, int | float]:
+        loads = self.data["loads"]
+        nbytes = sum(load[1] for load in loads)
+        seconds = sum(load[2] for load in loads)
+        return {
+            "Handoffs loaded": self.data["outcomes"].get("loaded", 0),
+            "Handoffs recomputed": self.data["outcomes"].get("recomputed", 0),
+            "KV loaded (MB)": round(nbytes / 1e6, 3),
+            "Copy speed (GB/s)": round(nbytes / seconds / 1e9, 3) if seconds else 0.0,
+        }
+
+
+class FleetMetrics(KVConnectorPromMetrics):
+    """FleetStats as Prometheus metrics, in the API server's process."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        counter, gauge, histogram = metric_types[Counter], metric_types[Gauge], metric_types[Histogram]
+        self._handoffs = counter(
+            "vllm:fleet_handoffs",
+            "Handoffs by how they ended on this instance: held (prefill); loaded, local (nothing left to load), "
+            "recomputed, refused (not this fleet's or another prompt's ticket), dropped (decode).",
+            [*labelnames, "outcome"],
+        )
+        self._bytes = counter("vllm:fleet_handoff_bytes", "Bytes of KV loaded.", [*labelnames, "transport"])
+        self._copy = histogram(
+            "vllm:fleet_handoff_copy_seconds", "Time bytes moved.", [*labelnames, "transport"], buckets=SECONDS_BUCKETS
+        )
+        self._whole = histogram(
+            "vllm:fleet_handoff_load_seconds",
+            "Time from the load's start in the worker to its end: connecting, asking, copying, giving back.",
+            [*labelnames, "transport"],
+            buckets=SECONDS_BUCKETS,
+        )
+        self._failures = counter("vllm:fleet_handoff_failures", "Loads that failed.", [*labelnames, "reason"])
+        self._pins = gauge("vllm:fleet_pins", "Transfers this instance holds blocks for.", [*labelnames, "rank"])
+        self._expired = counter("vllm:fleet_pins_expired", "Holds that ended unused.", labelnames)
+        for values in per_engine_labelvalues.values():  # shown from the start: a missing series means no connector
+            for outcome in ("held", "loaded", "local", "recomputed", "refused", "dropped"):
+                self._handoffs.labels(*values, outcome)
+            self._pins.labels(*values, "0")
+            self._expired.labels(*values)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        values = self.per_engine_labelvalues[engine_idx]
+        for outcome, count in transfer_stats_data["outcomes"].items():
+            self._handoffs.labels(*values, outcome).inc(count)
+        for transport, nbytes, copy_s, whole_s in transfer_stats_data["loads"]:
+            self._bytes.labels(*values, transport).inc(nbytes)
+            self._copy.labels(*values, transport).observe(copy_s)
+            self._whole.labels(*values, transport).observe(whole_s)
+        for reason, count in transfer_stats_data["failures"].items():
+            self._failures.labels(*values, reason).inc(count)
+        for rank, pins in transfer_stats_data["pins"].items():
+            self._pins.labels(*values, str(rank)).set(pins)
+        self._expired.labels(*values).inc(transfer_stats_data["expired"])

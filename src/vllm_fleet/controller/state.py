@@ -1,0 +1,149 @@
+"""What the controller knows. Only ``apply`` changes what is saved; replaying a journal is applying it again."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from vllm_fleet.core import limits
+from vllm_fleet.wire.control import Change, Member, ReportedState, Snapshot, State
+
+REPORTED_ORDER: dict[State, int] = {"starting": 0, "ready": 1, "draining": 2}
+"""A life goes through these states in this order only: a late heartbeat cannot turn it back."""
+
+
+class Entry(Struct, frozen=True, tag="entry"):
+    """One change as it is saved. ``left``: the member is gone because it said so, so this life never comes back."""
+
+    change: Change
+    left: bool = False
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The times that decide about members."""
+
+    heartbeat_s: float = 0.5
+    suspect_s: float = 1.5
+    lease_s: float = 10.0
+
+    @property
+    def tick_s(self) -> float:
+        """How often silence is judged: often enough that ``suspect_s`` is exceeded by a quarter at most."""
+        return self.suspect_s / 4
+
+
+@dataclass
+class Pulse:
+    """How long one life may stay silent. Not saved: after a restart everybody gets a new one."""
+
+    generation: int
+    reported: ReportedState
+    suspect_at: float
+    gone_at: float
+
+
+@dataclass
+class FleetState:
+    """Members by name, the counters, and the changes that watchers may still ask for."""
+
+    controller: str
+    rules: Rules
+    fleet: str = "default"
+    revision: int = 0
+    generation: int = 0
+    members: dict[str, Member] = field(default_factory=dict)
+    history: deque[Change] = field(default_factory=lambda: deque(maxlen=limits.HISTORY_MAX))
+    pulses: dict[str, Pulse] = field(default_factory=dict)
+    past: dict[tuple[str, str], bool] = field(default_factory=dict)
+    """Lives (name, incarnation) that were members. True: it left on purpose; False: it lapsed or was replaced."""
+    durable: bool = True
+    retry_at: float = 0.0
+    ticked: float = 0.0
+
+    def apply(self, entry: Entry, now: float) -> None:
+        """Make one change: the only way members, counters and history change."""
+        change, member = entry.change, entry.change.member
+        assert change.revision > self.revision, (change.revision, self.revision)
+        self.revision = change.revision
+        self.generation = max(self.generation, member.generation)
+        self.history.append(change)
+        held = self.members.get(member.name)
+        if member.state == "gone":
+            self.remember(member.name, member.incarnation, entry.left)
+            self.members.pop(member.name, None)
+            self.pulses.pop(member.name, None)
+            return
+        if held is not None and held.incarnation != member.incarnation:
+            self.remember(held.name, held.incarnation, left=False)
+        self.past.pop((member.name, member.incarnation), None)
+        self.members[member.name] = member
+        pulse = self.pulses.get(member.name)
+        if pulse is None or pulse.generation != member.generation:
+            self.pulses[member.name] = self._pulse(member, now)
+
+    def remember(self, name: str, incarnation: str, left: bool) -> None:
+        """Remember a life that was a member, so that it, or a late copy of its registration, pushes nobody out."""
+        self.past[(name, incarnation)] = left
+        while len(self.past) > limits.PAST_LIVES_MAX:
+            del self.past[next(iter(self.past))]
+
+    def heard(self, name: str, reported: ReportedState, now: float) -> ReportedState:
+        """Note a sign of life; returns the furthest state that this life has reported."""
+        pulse = self.pulses[name]
+        if REPORTED_ORDER[reported] > REPORTED_ORDER[pulse.reported]:
+            pulse.reported = reported
+        pulse.suspect_at, pulse.gone_at = now + self.rules.suspect_s, now + self.rules.lease_s
+        return pulse.reported
+
+    def grant_fresh_silence(self, now: float) -> None:
+        """Everybody counts as heard now: after a pause of this process, in which nobody could be heard."""
+        for pulse in self.pulses.values():
+            pulse.gone_at = now + self.rules.lease_s
+            pulse.suspect_at = max(now + self.rules.suspect_s, min(pulse.suspect_at, pulse.gone_at))
+
+    def grant_restart_grace(self, now: float) -> None:
+        """After a restart nobody is suspected or lost for ``lease_s``: members may need as long to find us again."""
+        for member in self.members.values():
+            pulse = self._pulse(member, now)
+            pulse.suspect_at = pulse.gone_at
+            self.pulses[member.name] = pulse
+        self.ticked = now
+
+    def shift_silence(self, seconds: float, now: float) -> None:
+        """Time in which this process did not listen does not count as silence of others."""
+        for pulse in self.pulses.values():
+            pulse.suspect_at = max(pulse.suspect_at, min(pulse.suspect_at + seconds, now + self.rules.suspect_s))
+            pulse.gone_at = max(pulse.gone_at, min(pulse.gone_at + seconds, now + self.rules.lease_s))
+
+    def restart_history(self, controller: str) -> None:
+        """Give this history another name: revisions from here on are not those of the old name."""
+        self.controller = controller
+        self.history.clear()
+
+    def snapshot(self) -> Snapshot:
+        """The whole fleet at this revision."""
+        return Snapshot(self.controller, self.revision, tuple(self.members.values()))
+
+    def changes_since(self, revision: int, controller: str | None = None) -> tuple[Change, ...] | None:
+        """The changes after ``revision``; None when they are not known, or are of another controller's history."""
+        if controller is not None and controller != self.controller:
+            return None
+        oldest = self.history[0].revision - 1 if self.history else self.revision
+        if not oldest <= revision <= self.revision:
+            return None
+        return tuple(change for change in self.history if change.revision > revision)
+
+    def _pulse(self, member: Member, now: float) -> Pulse:
+        reported: ReportedState = "starting"
+        if member.state == "ready" or member.state == "draining":
+            reported = member.state
+        return Pulse(member.generation, reported, now + self.rules.suspect_s, now + self.rules.lease_s)
+
+
+def with_state(member: Member, state: State) -> Member:
+    """``member`` in another state."""
+    return replace(member, state=state)

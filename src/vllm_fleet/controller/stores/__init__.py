@@ -1,0 +1,1 @@
+"""Where the controller's journal is kept."""

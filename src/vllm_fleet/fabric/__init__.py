@@ -1,0 +1,1 @@
+"""All that moves bytes between workers: contract, plans, transports, link selection, endpoint."""

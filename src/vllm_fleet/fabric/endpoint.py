@@ -1,0 +1,85 @@
+"""The one port on which a worker answers its peers: authenticated connections, typed questions, a handler for each."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import TypeAlias
+
+import msgspec
+
+from vllm_fleet.core.deadline import Deadline
+from vllm_fleet.core.errors import Corrupt
+from vllm_fleet.net.channel import Channel, ChannelServer, Credentials
+from vllm_fleet.wire import fabric as wire
+
+Handler: TypeAlias = Callable[[Channel, wire.Question], wire.Answer | None]
+"""Answers one question; None when it has sent the answer itself."""
+
+ANSWER_S = 10.0
+ANSWER_SETTING = "fabric.endpoint.ANSWER_S"
+
+
+class Endpoint:
+    """Dispatches the questions of authenticated peers to the handlers registered with ``handle``.
+
+    Handlers run in a thread per connection. A malformed frame or a handler's FleetError closes that connection only.
+    """
+
+    def __init__(self, listener: socket.socket, credentials: Credentials) -> None:
+        self.credentials = credentials
+        self._handlers: dict[type, Handler] = {wire.Ping: lambda channel, question: wire.Pong()}
+        self._on_lost: list[Callable[[Channel], None]] = []
+        self._server = ChannelServer(listener, credentials, self._serve)
+
+    @property
+    def host(self) -> str:
+        return str(self._server.host)
+
+    @property
+    def port(self) -> int:
+        return int(self._server.port)
+
+    def handle(self, question: type, handler: Handler) -> None:
+        """Let ``handler`` answer questions of this type; before start()."""
+        self._handlers[question] = handler
+
+    def on_lost(self, callback: Callable[[Channel], None]) -> None:
+        """Call back when a connection that had proved the token has ended."""
+        self._on_lost.append(callback)
+
+    def start(self) -> None:
+        self._server.start()
+
+    def close(self) -> None:
+        """Stop listening and end every connection."""
+        self._server.close()
+
+    def _serve(self, channel: Channel) -> None:
+        try:
+            while True:
+                payload = channel.receive_idle()
+                if payload is None:
+                    return
+                try:
+                    question = wire.decode_question(payload)
+                except msgspec.MsgspecError:
+                    raise Corrupt(f"{len(payload)} bytes that are no question of the fabric") from None
+                handler = self._handlers.get(type(question))
+                answer = handler(channel, question) if handler is not None else wire.Denied("unsupported")
+                if answer is not None:
+                    channel.send(wire.encode(answer), Deadline.after(ANSWER_S, ANSWER_SETTING))
+        finally:
+            for callback in self._on_lost:
+                callback(channel)
+
+
+def ask(channel: Channel, question: wire.Question, deadline: Deadline) -> wire.Answer:
+    """Ask a peer's endpoint; its answer. Raises PeerGone, DeadlineExceeded, or Corrupt for what is no answer."""
+    channel.send(wire.encode(question), deadline)
+    payload = channel.receive(deadline)
+    try:
+        answer: wire.Answer = wire.decode_answer(payload)
+    except msgspec.MsgspecError:
+        raise Corrupt(f"{channel.peer} answered {len(payload)} bytes that are no answer of the fabric") from None
+    return answer

@@ -1,0 +1,22 @@
+"""The transports by name: strings until used, so that a missing library is met only by those who ask for it."""
+
+from __future__ import annotations
+
+import importlib
+
+from vllm_fleet.core.errors import ConfigError
+from vllm_fleet.fabric.contract import TransportFactory
+
+TRANSPORTS = {
+    "cma": "vllm_fleet.fabric.transports.cma:CmaTransport",
+    "tcp": "vllm_fleet.fabric.transports.tcp:TcpTransport",
+}
+
+
+def load(name: str) -> TransportFactory:
+    """The class of the transport called ``name``; ConfigError when there is none."""
+    if name not in TRANSPORTS:
+        raise ConfigError(f"fabric.transports: no transport {name!r}; known are {', '.join(sorted(TRANSPORTS))}")
+    module, _, attribute = TRANSPORTS[name].partition(":")
+    factory: TransportFactory = getattr(importlib.import_module(module), attribute)
+    return factory

@@ -1,0 +1,122 @@
+"""Transfers that run on a link's own thread: the shared half of transports whose copy is a blocking system call."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from vllm_fleet.core.deadline import Deadline
+from vllm_fleet.core.errors import FleetError
+from vllm_fleet.fabric.contract import TransferCancelledError, TransferError
+from vllm_fleet.fabric.plan import BlockCopyPlan, Ints
+
+Copy = Callable[[BlockCopyPlan, threading.Event], None]
+"""Copies a plan, looking at the event between system calls; returns early, with nothing in flight, once it is set."""
+
+
+class WorkTransfer:
+    """A Transfer that a WorkLink's thread carries out."""
+
+    def __init__(self, plan: BlockCopyPlan, interrupt: Callable[[], None]) -> None:
+        self.plan = plan
+        self.cancelled = threading.Event()
+        self._ended = threading.Event()
+        self._error: FleetError | None = None
+        self._interrupt = interrupt
+
+    def run(self, copy: Copy) -> None:
+        """Carry it out, on the link's thread; never raises a FleetError."""
+        try:
+            if not self.cancelled.is_set():
+                copy(self.plan, self.cancelled)
+            if self.cancelled.is_set():
+                self._error = TransferCancelledError("the transfer was cancelled")
+        except FleetError as error:
+            cancelled = self.cancelled.is_set()
+            self._error = TransferCancelledError("the transfer was cancelled") if cancelled else error
+        except BaseException as error:
+            self._error = TransferError(f"the transfer broke: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._ended.set()
+
+    def end(self, error: FleetError) -> None:
+        """End it without running it."""
+        self._error = error
+        self._ended.set()
+
+    def done(self) -> bool:
+        if not self._ended.is_set():
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def wait(self, deadline: Deadline) -> None:
+        if not self._ended.wait(deadline.remaining()):
+            self.cancel()
+            if not (isinstance(self._error, TransferCancelledError)):
+                self.done()
+            raise deadline.error("the transfer", "copying")
+        self.done()
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+        if not self._ended.is_set():
+            self._interrupt()
+            self._ended.wait()  # bounded: every copy looks at the event between calls of bounded size
+
+
+class WorkLink:
+    """A Link with one thread that carries out transfers in order; ``copy`` does the work, ``interrupt`` wakes it."""
+
+    def __init__(self, transport: str, peer: str, copy: Copy, interrupt: Callable[[], None]) -> None:
+        self.transport: Final = transport
+        self._copy = copy
+        self._interrupt = interrupt
+        self._queue: queue.SimpleQueue[WorkTransfer | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._running: set[WorkTransfer] = set()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name=f"fleet-{transport}-{peer}", daemon=True)
+        self._thread.start()
+
+    def read(self, plan: BlockCopyPlan) -> WorkTransfer:
+        transfer = WorkTransfer(plan, self._interrupt)
+        with self._lock:
+            if self._closed:
+                transfer.end(TransferError("the link is closed"))
+                return transfer
+            self._running.add(transfer)
+            self._queue.put(transfer)
+        return transfer
+
+    def close(self) -> None:
+        with self._lock:
+            already, self._closed = self._closed, True
+            running = list(self._running)
+        for transfer in running:
+            transfer.cancel()
+        if not already:
+            self._queue.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (transfer := self._queue.get()) is not None:
+            try:
+                transfer.run(self._copy)
+            finally:
+                with self._lock:
+                    self._running.discard(transfer)
+
+
+def check_bounds(plan: BlockCopyPlan, source_bytes: Ints, target_bytes: Ints) -> None:
+    """TransferError unless every run lies inside its source and target region; sizes are arrays of shape [regions]."""
+    if int(plan.region.max()) >= min(len(source_bytes), len(target_bytes)):
+        raise TransferError(f"the plan names region {int(plan.region.max())}, which one side does not have")
+    for offsets, sizes, side in ((plan.source, source_bytes, "peer's"), (plan.target, target_bytes, "own")):
+        if bool(((offsets < 0) | (offsets + plan.nbytes > sizes[plan.region])).any()):
+            raise TransferError(f"the plan reaches outside the {side} registered memory")

@@ -1,0 +1,76 @@
+"""One child process: started in a session of its own, so that all it starts can be found and killed with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from vllm_fleet.core.errors import FleetError
+from vllm_fleet.launcher import leftovers, processes
+from vllm_fleet.launcher.leftovers import Leftover
+from vllm_fleet.launcher.processes import ProcessId, Row
+from vllm_fleet.launcher.rundir import HOME_VARIABLE
+from vllm_fleet.launcher.spec import ProcessSpec
+
+BURY_S = 1.0  # for helpers of a dead child to end after SIGKILL
+
+
+class ChildProcess:
+    """A running child. Its owner calls ``poll`` until it has ended, then ``bury`` once."""
+
+    def __init__(self, spec: ProcessSpec, log_file: Path, environ: Mapping[str, str]) -> None:
+        """Start it; what it says goes to ``log_file``, which outlives us.
+
+        Raises:
+            FleetError: the program or the log cannot be opened.
+        """
+        env = {name: value for name, value in environ.items() if name != HOME_VARIABLE} | dict(spec.env)
+        try:
+            if spec.tmp is not None:
+                os.makedirs(spec.tmp, mode=0o700, exist_ok=True)
+            with log_file.open("ab") as log:
+                self._popen = subprocess.Popen(
+                    spec.argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in an argument
+            raise FleetError(f"cannot start {spec.name}: {error}") from error
+        self.spec = spec
+        self.pid = self._popen.pid
+        row = processes.read(self.pid)
+        assert row is not None, "our own child, not waited for yet"
+        self.id = row.id
+        self.tree: set[ProcessId] = {self.id}
+        self.leftovers: set[Leftover] = set()
+
+    def poll(self) -> bool:
+        """Whether it has ended. It stays a zombie until ``bury``, so that its pid means it and nobody else."""
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
+
+    def remember(self, rows: Iterable[Row]) -> None:
+        """Note its helpers and what they would leave behind, while they live."""
+        self.tree = processes.tree(self.pid, rows, known=self.tree)
+        self.leftovers |= leftovers.collect(self.tree)
+
+    def signal_group(self, signum: signal.Signals) -> None:
+        """Signal it and its helpers; nothing happens when they are gone."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signum)
+
+    def bury(self) -> int:
+        """After its end: kill what is left of its tree, remove what they left behind; its exit code."""
+        self.remember(processes.table())
+        self.signal_group(signal.SIGKILL)
+        code = self._popen.wait()
+        processes.kill(self.tree, BURY_S)
+        leftovers.remove(self.leftovers)
+        if self.spec.tmp is not None:
+            shutil.rmtree(self.spec.tmp, ignore_errors=True)
+        return code

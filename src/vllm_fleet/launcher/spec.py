@@ -1,0 +1,33 @@
+"""ProcessSpec: one process of a fleet, described before it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["controller", "router", "instance"]
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """How to start one process, and how to tell that it answers."""
+
+    name: str
+    kind: Kind
+    role: str
+    """``prefill``, ``decode`` or ``both`` for instances; the kind's own name for the others."""
+    argv: tuple[str, ...]
+    url: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Added to the environment of the launcher."""
+    settings: Mapping[str, Any] | None = None
+    """Content of ``settings_file``, written before the start; None: it has none."""
+    settings_file: str | None = None
+    tmp: str | None = None
+    """Its own folder for temporary files, removed after its death."""
+
+    @property
+    def health_url(self) -> str:
+        """Answers 200 to GET when the process is ready."""
+        return f"{self.url}/health"

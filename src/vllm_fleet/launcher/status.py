@@ -1,0 +1,93 @@
+"""What runs: the supervisor's record, merged with what the controller knows of its members."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from vllm_fleet.config.connector import bearer, read_token
+from vllm_fleet.core.deadline import Deadline
+from vllm_fleet.core.errors import ConfigError, Corrupt, PeerGone
+from vllm_fleet.launcher import ask
+from vllm_fleet.launcher.down import not_running
+from vllm_fleet.launcher.processes import alive
+from vllm_fleet.launcher.record import FleetRecord, ProcessRecord, read_record
+from vllm_fleet.launcher.rundir import RunDir
+from vllm_fleet.wire import control
+
+CONTROLLER_S = 3.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """One fleet, now."""
+
+    record: FleetRecord
+    states: dict[str, str]
+    """State of each process by name."""
+    remarks: tuple[str, ...]
+    """What the user should know about how sure this is."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``status --json`` prints."""
+        return {
+            "router": {"url": self.record.url("router")},
+            "controller": {"url": self.record.url("controller")},
+            "instances": [
+                {
+                    "name": each.name,
+                    "role": each.role,
+                    "url": each.url,
+                    "pid": None if each.id is None else each.id.pid,
+                    "state": self.states[each.name],
+                }
+                for each in self.record.processes
+                if each.kind == "instance"
+            ],
+        }
+
+
+def status(run: RunDir) -> Status:
+    """The fleet of this run folder.
+
+    Raises:
+        FleetError: no such fleet runs.
+    """
+    record = read_record(run)
+    if record is None or not (record.supervised() or record.living()):
+        raise not_running(run)
+    remarks = []
+    if not record.supervised():
+        remarks.append(
+            f"the supervisor of fleet '{record.fleet}' was killed; what it started is left, "
+            f"and nothing restarts it; stop it with: vllm-fleet down --name {record.fleet}"
+        )
+    members: dict[str, str] = {}
+    try:
+        members = _members(run, record)
+    except (PeerGone, Corrupt, ConfigError) as error:
+        remarks.append(f"the controller does not answer ({error}); states are the supervisor's, from {run.record_file}")
+    return Status(record, {each.name: _state(each, members) for each in record.processes}, tuple(remarks))
+
+
+def _members(run: RunDir, record: FleetRecord) -> dict[str, str]:
+    token = read_token(run.token_file)
+    url = f"{record.url('controller')}/v1/members"
+    deadline = Deadline.after(CONTROLLER_S, "none")
+    code, body = ask.get(url, deadline, {"Authorization": f"Bearer {bearer(token)}"})
+    if code != 200:
+        raise Corrupt(f"{url} answered {code}")
+    try:
+        return {member.name: member.state for member in control.decode_snapshot(body).members}
+    except msgspec.MsgspecError as error:
+        raise Corrupt(f"{url} answered what is no list of members: {error}") from error
+
+
+def _state(each: ProcessRecord, members: dict[str, str]) -> str:
+    if each.state in ("waiting", "gone", "restarting", "stopping", "stopped"):
+        return each.state
+    if each.id is None or not alive(each.id):
+        return "gone"
+    return members.get(each.name, each.state) if each.kind == "instance" else each.state

@@ -1,0 +1,74 @@
+"""One fleet from a FleetConfig to its end, in this process."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+
+from vllm_fleet.config.fleet import FleetConfig
+from vllm_fleet.core import limits, log
+from vllm_fleet.core.errors import Busy, ConfigError, Corrupt
+from vllm_fleet.launcher import machine, plan, preflight, record
+from vllm_fleet.launcher.rundir import RunDir, home
+from vllm_fleet.launcher.supervisor import Outcome, Supervisor, View
+
+SUPERVISOR = "supervisor"
+"""Name of the supervisor's own log."""
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+
+
+def check(config: FleetConfig, environ: Mapping[str, str]) -> machine.Machine:
+    """Everything that can be known to be wrong before a process starts, but for ports; ConfigError says what."""
+    preflight.check_model(config.model)
+    plan.check_vllm_args(config.vllm_args)
+    facts = machine.look(environ)
+    plan.assign_gpus(config, facts, len(plan.instance_names(config)))
+    return facts
+
+
+def run_folder(name: str, environ: Mapping[str, str]) -> RunDir:
+    """The run folder of the fleet of this name; ConfigError when no fleet can have it."""
+    if not _NAME.fullmatch(name) or len(name) > limits.NAME_LEN_MAX:
+        raise ConfigError(f"{name!r} is no fleet's name: small letters, digits and '-', at most {limits.NAME_LEN_MAX}")
+    return RunDir(home(environ) / name)
+
+
+def up(config: FleetConfig, environ: Mapping[str, str], view: View, *, verbose: bool = False) -> Outcome:
+    """Run the fleet until it is asked to stop or fails to start.
+
+    Raises:
+        ConfigError: a setting is wrong; nothing was started.
+        Busy: a fleet of this name runs already.
+    """
+    facts = check(config, environ)
+    run = run_folder(config.name, environ)
+    run.acquire()
+    try:
+        refuse_orphans(run)
+        ports, fixed = preflight.choose_ports(config)
+        tmp = run.prepare(name for name, _ in plan.instance_names(config))
+        place = plan.Place(str(run.token_file), str(run.settings_folder), str(run.state_folder), tmp)
+        planner = functools.partial(plan.plan, config, facts, place)
+        supervisor = Supervisor(
+            run, planner, ports, fixed, config.launcher, plan.served_name(config), environ, view, verbose=verbose
+        )
+        with log.to_file(run.log_file(SUPERVISOR)):
+            outcome = supervisor.run()
+        run.clear(keep_record=outcome.code != 0)
+        return outcome
+    finally:
+        run.release()
+
+
+def refuse_orphans(run: RunDir) -> None:
+    """Busy when processes of an earlier run, whose supervisor was killed, still run."""
+    try:
+        left = record.read_record(run)
+    except Corrupt:
+        return  # of another version; nothing can be known from it
+    if left is not None and left.living():
+        raise Busy(
+            f"the supervisor of fleet '{left.fleet}' was killed but {len(left.living())} of its processes still run; "
+            f"stop them first: vllm-fleet down --name {left.fleet}"
+        )

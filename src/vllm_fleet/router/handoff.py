@@ -1,0 +1,182 @@
+"""One request's way through the fleet, as decisions: what to send where next, or what to answer. Pure.
+
+    start ──> Send(prefill) ──answer──> Send(decode, with params) ──> relayed to the client
+      │             └──failed────────> Send(decode, without params)      └──failed before its first byte──> another
+      └────> Send(decode): nothing to hand off                               instance, or Fail
+
+Whoever runs it (exchange.py) sends what it is told and reports what happened. Every request ends with one outcome:
+
+| outcome | means |
+| --- | --- |
+| handed_off | decode got the prompt's KV from prefill (or was told where it is; audit.py checks that it came) |
+| local | the fleet has no prefill instances, or the one chosen does both: one instance did everything |
+| skipped:REASON | not handed off: its shape (openai.py), or no_prefill, no_decode, no_pair, no_params, retried |
+| prefill_failed | the prefill instance died or failed; decode computed the prompt itself |
+| refused | the prefill instance refused the request (4xx): that is the client's answer |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm_fleet.core import limits
+from vllm_fleet.core.ids import InstanceName
+from vllm_fleet.router import problem
+from vllm_fleet.router.fleet_view import FleetView, compatible
+from vllm_fleet.router.openai import GenerateRequest, take_params
+from vllm_fleet.router.policies.contract import Candidate, Policy
+from vllm_fleet.router.problem import Problem
+from vllm_fleet.wire.control import Member
+
+HANDED_OFF = "handed_off"
+LOCAL = "local"
+PREFILL_FAILED = "prefill_failed"
+REFUSED = "refused"
+NO_PARAMS = "skipped:no_params"
+
+FailureKind = Literal["refused", "disconnected", "gone", "too_large", "bad_answer", "status_5xx"]
+"""``refused``: no connection came up, so the instance never saw the request. ``gone``: the controller says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Post ``body`` to ``member``."""
+
+    stage: Literal["prefill", "decode"]
+    member: Member
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PassOn:
+    """The answer in hand is the client's answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Nothing more can be done."""
+
+    problem: Problem
+
+
+Step = Send | PassOn | Fail
+
+
+class Handoff:
+    """Decisions for one request. Call ``start`` once, then report each thing that happened and do what comes back."""
+
+    def __init__(self, request: GenerateRequest, view: FleetView, prefill: Policy, decode: Policy) -> None:
+        self._request = request
+        self._view = view
+        self._prefill_policy, self._decode_policy = prefill, decode
+        self._params: bytes | None = None
+        self._tried: list[str] = []
+        self._lost: set[str] = set()
+        self.prefill: Member | None = None
+        self.decode: Member | None = None
+        self.outcome = LOCAL
+
+    @property
+    def handed_off(self) -> bool:
+        """Whether the request now at decode carries kv_transfer_params."""
+        return self.outcome == HANDED_OFF
+
+    def start(self, now: float) -> Step:
+        """The first step."""
+        self.outcome, pairs = self._plan(now)
+        if not pairs:
+            return self._next_decode(now)
+        chosen = _choose(self._prefill_policy, self._view, pairs)
+        if chosen.role == "both":
+            return self._send_decode(chosen)
+        self.prefill = chosen
+        return Send("prefill", chosen, self._request.prefill_body())
+
+    def _plan(self, now: float) -> tuple[str, list[Member]]:
+        """The outcome if nothing is handed off, and who could compute the prompt if something is."""
+        decodes = self._view.decodes(now)
+        if not decodes:
+            return "skipped:no_decode", []
+        if not self._view.splits():
+            return LOCAL, []
+        if self._request.skip is not None:
+            return f"skipped:{self._request.skip}", []
+        prefills = self._view.prefills(now)
+        if all(member.role == "both" for member in prefills):
+            return "skipped:no_prefill", []
+        pairs = [one for one in prefills if one.role == "both" or any(compatible(one, other) for other in decodes)]
+        if all(member.role == "both" for member in pairs):
+            return "skipped:no_pair", []
+        return LOCAL, pairs
+
+    def on_prefill_answer(self, status: int, body: bytes, now: float) -> Step:
+        """The prefill instance answered in full."""
+        if 400 <= status < 500:
+            self.outcome = REFUSED
+            return PassOn()
+        if status != 200:
+            return self.on_prefill_failure(now)
+        self._params = take_params(body)
+        self.outcome = HANDED_OFF if self._params is not None else NO_PARAMS
+        return self._next_decode(now)
+
+    def on_prefill_failure(self, now: float) -> Step:
+        """The prefill instance died, hung up or failed: decode computes the prompt itself."""
+        self.outcome = PREFILL_FAILED
+        return self._next_decode(now)
+
+    def on_decode_failure(self, kind: FailureKind, now: float) -> Step:
+        """The decode instance failed before the first byte of its answer went to the client."""
+        assert self.decode is not None, "a decode failed that was never sent"
+        if kind != "refused":
+            # It may have used the ticket, which is good for one use; and it may still be alive, which a second try
+            # at the same instance (a connection it closed while idle, say) then finds out.
+            self._lost.add(self.decode.name)
+            if self._params is not None:
+                self._params, self.outcome = None, "skipped:retried"
+        failed = self.decode
+        if len(self._tried) >= limits.DECODE_ATTEMPTS_MAX:
+            return Fail(problem.upstream_died(failed.name))
+        step = self._next_decode(now)
+        return Fail(problem.upstream_died(failed.name)) if isinstance(step, Fail) else step
+
+    def on_decode_status(self, status: int, now: float) -> Step:
+        """The decode instance answered with an error; a 5xx is tried elsewhere, once, if there is an elsewhere."""
+        assert self.decode is not None, "a decode answered that was never sent"
+        elsewhere = [member for member in self._view.decodes(now) if member.name not in self._tried]
+        if status < 500 or not elsewhere or len(self._tried) >= 2:
+            return PassOn()
+        return self.on_decode_failure("status_5xx", now)
+
+    def _next_decode(self, now: float) -> Step:
+        """Send to the best instance left: untried ones first, prefill instances when nobody else is there."""
+        decodes = self._view.decodes(now)
+        fresh = [member for member in decodes if member.name not in self._tried]
+        if self._params is not None and self.prefill is not None:
+            pairs = [member for member in fresh if compatible(self.prefill, member)]
+            if pairs:
+                return self._send_decode(_choose(self._decode_policy, self._view, pairs))
+            self._params, self.outcome = None, "skipped:no_pair"
+        last_resort = [member for member in self._view.ready(now) if member.name not in self._tried]
+        again = [member for member in decodes if member.name in self._lost]
+        for members in (fresh, last_resort, again):
+            if members:
+                return self._send_decode(_choose(self._decode_policy, self._view, members))
+        return Fail(problem.no_instance())
+
+    def _send_decode(self, member: Member) -> Send:
+        self._tried.append(member.name)
+        self.decode = member
+        params = self._params
+        body = self._request.local_body() if params is None else self._request.decode_body(params)
+        return Send("decode", member, body)
+
+
+def _choose(policy: Policy, view: FleetView, members: Sequence[Member]) -> Member:
+    by_name = {member.name: member for member in members}
+    candidates = [Candidate(InstanceName(member.name), view.in_flight(member.name)) for member in members]
+    chosen = policy.choose(candidates)
+    assert chosen is not None, f"policy {policy.name} chose nobody of {len(candidates)}"
+    return by_name[chosen]

@@ -1,0 +1,38 @@
+"""What the router process is started with: one JSON file, strict, no secrets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from vllm_fleet.core.errors import ConfigError
+from vllm_fleet.wire.names import Name, Url
+
+
+class RouterSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """One router."""
+
+    fleet: Name
+    token_file: str
+    """Path of the file that holds the fleet's token; readable by its owner only."""
+    controller: Url
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    """0 picks a free one; the event ``router.start`` tells which."""
+    request_timeout_s: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
+
+
+_decode = msgspec.json.Decoder(RouterSettings).decode
+
+
+def read_settings(path: str | Path) -> RouterSettings:
+    """The settings in a file; ConfigError says in one sentence what is wrong with them."""
+    try:
+        return _decode(Path(path).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"--settings: cannot read {path}: {error.strerror}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--settings: {path}: {error}") from error

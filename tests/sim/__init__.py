@@ -1,0 +1,1 @@
+"""Deterministic simulations: one seed decides everything that happens."""

@@ -1,0 +1,248 @@
+"""Who gets a request: the view, the policy, and the decisions of a handoff, without a socket."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from vllm_fleet.core import limits
+from vllm_fleet.core.ids import InstanceName
+from vllm_fleet.router.fleet_view import FleetView, compatible, fleet_health
+from vllm_fleet.router.handoff import Fail, Handoff, PassOn, Send
+from vllm_fleet.router.openai import Route, parse_request
+from vllm_fleet.router.policies.contract import Candidate
+from vllm_fleet.router.policies.least_load import LeastLoad
+from vllm_fleet.wire.control import Change, Member, Snapshot, State
+from vllm_fleet.wire.names import Role
+
+ANSWER = b'{"kv_transfer_params":{"fleet_ticket":"x"}}'
+
+
+def member(name: str, role: Role, state: State = "ready", life: int = 1, **fingerprint: str) -> Member:
+    return Member(name, role, f"http://{name}:1", 1, f"{name}-{life}", life, state, fingerprint)
+
+
+def view_of(*members: Member) -> FleetView:
+    view = FleetView()
+    view.apply(Snapshot("c", 10, members), 0.0)
+    return view
+
+
+def names(members: list[Member]) -> list[str]:
+    return [one.name for one in members]
+
+
+def handoff(view: FleetView, **fields: Any) -> Handoff:
+    body = json.dumps({"prompt": "hi", **fields}).encode()
+    return Handoff(parse_request(Route.COMPLETIONS, body), view, LeastLoad(), LeastLoad())
+
+
+def sent_to(step: object, stage: str) -> str:
+    assert isinstance(step, Send)
+    assert step.stage == stage
+    return step.member.name
+
+
+# The view ----------------------------------------------------------------------------------------------------------
+
+
+def test_roles_and_states_decide_who_may_take_what() -> None:
+    view = view_of(member("p", "prefill"), member("d", "decode"), member("b", "both"), member("s", "decode", "suspect"))
+    assert names(view.prefills(0.0)) == ["b", "p"]
+    assert names(view.decodes(0.0)) == ["b", "d"]
+
+
+def test_changes_apply_in_order_and_once() -> None:
+    view = view_of(member("d", "decode"))
+    assert view.apply(Change(11, member("d", "decode", "draining")), 0.0) == set()
+    assert view.apply(Change(11, member("d", "decode")), 0.0) == set()
+    assert names(view.ready(0.0)) == []
+    assert view.apply(Change(12, member("d", "decode", life=2)), 0.0) == {"d-1"}
+    assert view.apply(Change(13, member("d", "decode", "gone", life=2)), 0.0) == {"d-2"}
+    assert view.members() == ()
+
+
+def test_members_outlive_a_controller_that_forgot_them() -> None:
+    view = view_of(member("p", "prefill"), member("d", "decode"))
+    assert view.apply(Snapshot("other", 0, (member("p", "prefill"),)), 100.0) == set()
+    assert names(view.ready(100.0)) == ["d", "p"]
+    assert names(view.ready(100.0 + limits.ORPHAN_S)) == ["p"]
+
+
+def test_the_same_controller_is_believed_at_once() -> None:
+    view = view_of(member("p", "prefill"), member("d", "decode"))
+    assert view.apply(Snapshot("c", 20, (member("p", "prefill"),)), 1.0) == {"d-1"}
+    assert names(view.ready(1.0)) == ["p"]
+
+
+def test_a_refusal_backs_off_and_a_change_ends_it() -> None:
+    view = view_of(member("d", "decode"))
+    view.mark_down(member("d", "decode"), 0.0)
+    view.mark_down(member("d", "decode"), 0.1)  # the same death, seen by another request
+    assert names(view.ready(0.5)) == []
+    assert names(view.ready(1.0)) == ["d"]
+    view.mark_down(member("d", "decode"), 1.0)
+    assert names(view.ready(2.9)) == []
+    view.apply(Change(11, member("d", "decode", life=2)), 1.5)
+    assert names(view.ready(1.5)) == ["d"]
+    view.mark_down(member("d", "decode", life=1), 1.6)
+    assert names(view.ready(1.6)) == ["d"]
+
+
+def test_in_flight_counts_end_at_zero() -> None:
+    view = view_of(member("d", "decode"))
+    view.begin("d")
+    view.begin("d")
+    assert view.in_flight("d") == 2
+    view.end("d")
+    view.end("d")
+    assert view.in_flight("d") == 0
+    with pytest.raises(AssertionError):
+        view.end("d")
+
+
+def test_only_equal_fingerprints_fit_unless_one_is_unknown() -> None:
+    assert compatible(member("a", "both", model="x"), member("b", "both", model="x"))
+    assert compatible(member("a", "both"), member("b", "both", model="x"))
+    assert not compatible(member("a", "both", model="y"), member("b", "both", model="x"))
+
+
+def test_health_names_what_is_missing() -> None:
+    assert fleet_health(view_of(), 0.0)[0] is False
+    can, facts = fleet_health(view_of(member("p", "prefill")), 0.0)
+    assert can
+    assert facts["status"] == "degraded"
+    assert fleet_health(view_of(member("p", "prefill"), member("d", "decode")), 0.0)[1] == {
+        "status": "ok",
+        "prefill": 1,
+        "decode": 1,
+        "both": 0,
+    }
+
+
+# The policy --------------------------------------------------------------------------------------------------------
+
+
+def test_least_load_takes_turns_among_equals() -> None:
+    policy = LeastLoad()
+    idle = [Candidate(InstanceName(name), 0) for name in ("b", "a", "c")]
+    assert [policy.choose(idle) for _ in range(4)] == ["a", "b", "c", "a"]
+    assert policy.choose([Candidate(InstanceName("a"), 0), Candidate(InstanceName("z"), 3)]) == "a"
+    assert policy.choose([]) is None
+
+
+# The handoff -------------------------------------------------------------------------------------------------------
+
+
+def test_prefill_then_decode() -> None:
+    run = handoff(view_of(member("p", "prefill"), member("d", "decode")))
+    assert sent_to(run.start(0.0), "prefill") == "p"
+    step = run.on_prefill_answer(200, ANSWER, 1.0)
+    assert sent_to(step, "decode") == "d"
+    assert isinstance(step, Send)
+    assert json.loads(step.body) == {"prompt": "hi", "kv_transfer_params": {"fleet_ticket": "x"}}
+    assert run.outcome == "handed_off"
+
+
+@pytest.mark.parametrize(
+    ("members", "fields", "first", "outcome"),
+    [
+        ([member("d", "decode"), member("b", "both")], {}, "b", "local"),
+        ([member("p", "prefill"), member("d", "decode")], {"n": 2}, "d", "skipped:n"),
+        ([member("p", "prefill", "suspect"), member("d", "decode")], {}, "d", "skipped:no_prefill"),
+        ([member("p", "prefill", m="1"), member("d", "decode", m="2")], {}, "d", "skipped:no_pair"),
+        ([member("p", "prefill"), member("d", "decode", "gone")], {}, "p", "skipped:no_decode"),
+    ],
+)
+def test_when_nothing_is_handed_off(members: list[Member], fields: dict[str, Any], first: str, outcome: str) -> None:
+    run = handoff(view_of(*members), **fields)
+    assert sent_to(run.start(0.0), "decode") == first
+    assert run.outcome == outcome
+
+
+def test_nobody_there() -> None:
+    step = handoff(view_of(member("d", "decode", "starting"))).start(0.0)
+    assert isinstance(step, Fail)
+    assert step.problem.status == 503
+
+
+def test_only_a_fitting_decode_gets_the_ticket() -> None:
+    run = handoff(view_of(member("p", "prefill", m="2"), member("d1", "decode", m="1"), member("d2", "decode", m="2")))
+    run.start(0.0)
+    assert sent_to(run.on_prefill_answer(200, ANSWER, 0.0), "decode") == "d2"
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "outcome"),
+    [(500, b"", "prefill_failed"), (302, b"", "prefill_failed"), (200, b"{}", "skipped:no_params")],
+)
+def test_a_failed_prefill_leaves_the_prompt_to_decode(status: int, answer: bytes, outcome: str) -> None:
+    run = handoff(view_of(member("p", "prefill"), member("d", "decode")))
+    run.start(0.0)
+    step = run.on_prefill_answer(status, answer, 0.0)
+    assert isinstance(step, Send)
+    assert json.loads(step.body) == {"prompt": "hi"}
+    assert run.outcome == outcome
+
+
+def test_a_refusal_by_prefill_is_the_answer() -> None:
+    run = handoff(view_of(member("p", "prefill"), member("d", "decode")))
+    run.start(0.0)
+    assert run.on_prefill_answer(400, b"{}", 0.0) == PassOn()
+    assert run.outcome == "refused"
+
+
+def test_a_decode_that_never_saw_the_ticket_leaves_it_good() -> None:
+    run = handoff(view_of(member("p", "prefill"), member("d1", "decode"), member("d2", "decode")))
+    run.start(0.0)
+    run.on_prefill_answer(200, ANSWER, 0.0)
+    step = run.on_decode_failure("refused", 0.0)
+    assert isinstance(step, Send)
+    assert b"kv_transfer_params" in step.body
+    assert run.outcome == "handed_off"
+
+
+def test_a_decode_that_may_have_used_the_ticket_spoils_it() -> None:
+    run = handoff(view_of(member("p", "prefill"), member("d1", "decode"), member("d2", "decode")))
+    run.start(0.0)
+    run.on_prefill_answer(200, ANSWER, 0.0)
+    step = run.on_decode_failure("disconnected", 0.0)
+    assert sent_to(step, "decode") == "d2"
+    assert isinstance(step, Send)
+    assert b"kv_transfer_params" not in step.body
+    assert run.outcome == "skipped:retried"
+
+
+def test_retries_end() -> None:
+    view = view_of(*(member(f"d{number}", "decode") for number in range(9)))
+    run = handoff(view)
+    step = run.start(0.0)
+    sends = 0
+    while isinstance(step, Send):
+        sends += 1
+        step = run.on_decode_failure("disconnected", 0.0)
+    assert sends == limits.DECODE_ATTEMPTS_MAX
+    assert isinstance(step, Fail)
+    assert step.problem.status == 502
+
+
+def test_prefill_answers_when_the_only_decode_dies() -> None:
+    run = handoff(view_of(member("p", "prefill"), member("d", "decode")))
+    run.start(0.0)
+    run.on_prefill_answer(200, ANSWER, 0.0)
+    assert sent_to(run.on_decode_failure("disconnected", 0.0), "decode") == "p"
+
+
+def test_an_instances_own_5xx_is_tried_elsewhere_once() -> None:
+    run = handoff(view_of(*(member(f"d{number}", "decode") for number in range(3))))
+    run.start(0.0)
+    assert isinstance(run.on_decode_status(503, 0.0), Send)
+    assert run.on_decode_status(503, 0.0) == PassOn()
+
+
+def test_an_error_of_the_client_is_not_tried_elsewhere() -> None:
+    run = handoff(view_of(member("d1", "decode"), member("d2", "decode")))
+    run.start(0.0)
+    assert run.on_decode_status(400, 0.0) == PassOn()
