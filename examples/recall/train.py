@@ -1,6 +1,6 @@
 """Train the demo model: a small stock Llama that recalls facts from its prompt, on the CPU, from nothing.
 
-    .venv/bin/python examples/recall/train.py --out examples/recall/model
+    .venv/bin/python examples/recall/train.py --out examples/recall/fleet-recall
 
 It learns by induction: prompts list facts, then questions whose answers are copied from the list (see
 vllm_fleet.bench.recall). Short lists first, longer ones as soon as the loss is low. The run ends when every token of
@@ -32,7 +32,8 @@ STAGES = (
     (60, 512, 8, 1.5e-3, 0.02),
     (120, 1024, 5, 1e-3, 0.01),
     (254, 1792, 3, 1e-3, 0.003),
-    (254, 1792, 4, 3e-4, 0.0007),
+    (254, 1792, 4, 4e-4, 0.0003),
+    (254, 1792, 6, 1e-4, 0.00005),
 )
 
 
@@ -76,7 +77,7 @@ def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
     return model
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def look_back(model: LlamaForCausalLM) -> None:
     """Start six heads off looking 1 to 6 tokens back, as far as a fact is long; they train on like everything else.
 
@@ -121,11 +122,10 @@ class Sampler:
 
     def __init__(self, tokenizer: Tokenizer, rng: random.Random) -> None:
         self.rng = rng
-        self.words = [tokenizer.token_to_id(w) for w in WORDS]
-        self.digits = [tokenizer.token_to_id(d) for d in "0123456789"]
-        self.equals, self.question = tokenizer.token_to_id("="), tokenizer.token_to_id("?")
-        self.space = tokenizer.encode(" ").ids[0]
-        self.eos = tokenizer.token_to_id(EOS)
+        self.words: list[int] = [tokenizer.token_to_id(w) for w in WORDS]
+        self.digits: list[int] = [tokenizer.token_to_id(d) for d in "0123456789"]
+        self.equals, self.question, self.space = tokenizer.encode("=? ").ids
+        self.eos: int = tokenizer.token_to_id(EOS)
 
     def sequence(self, most: int, length: int) -> tuple[list[int], list[int]]:
         """Token ids and labels, both of ``length``; a label is IGNORE where the next token cannot be known."""
@@ -175,7 +175,7 @@ def train(model: LlamaForCausalLM, sampler: Sampler, minutes: float, first: int 
             kept = wanted != IGNORE
             loss = F.cross_entropy(model.lm_head(hidden[kept]), wanted[kept])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1.0, (step + 1) / 100)
@@ -186,7 +186,7 @@ def train(model: LlamaForCausalLM, sampler: Sampler, minutes: float, first: int 
                 yield f"step {step} length {length} loss {mean:.4f} {time.monotonic() - begin:.0f} s"
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def accuracy(model: LlamaForCausalLM, tokenizer: Tokenizer, rng: random.Random, prompts: int) -> float:
     """Share of prompts whose whole answer is predicted, with the right answer fed as context."""
     right = 0

@@ -221,3 +221,8 @@ def test_explain_lists_every_key_with_its_origin_and_hides_secrets(tmp_path: Pat
     assert (by_key["fabric.transports"].value, by_key["fabric.transports"].origin) == ('["tcp"]', "fleet.yaml")
     assert by_key["served_model_name"].value == "null"
     assert all(line.description for line in lines)
+
+
+def test_the_manual_lists_every_key() -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    assert [key for key in known_keys() if f"| `{key}` |" not in manual] == []

@@ -44,8 +44,10 @@ async def answering(
         busy -= 1
 
     listener = sockets.listen("127.0.0.1", 0, setting="test")
-    async with await asyncio.start_server(served, sock=listener):
+    async with await asyncio.start_server(served, sock=listener) as server:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.close()
+        await asyncio.sleep(0.02)  # a connection accepted a moment ago begins to be served
         await until(lambda: busy == 0)
 
 

@@ -128,6 +128,8 @@ def test_answers() -> None:
         assert ask.get(url, soon()) == (200, b"ok")
     with answering(b"HTTP/1.1 503 Busy\r\n\r\n") as url:
         assert not ask.healthy(url, soon())
+    with answering(b"HTTP/1.1 503 Busy\r\n\r\n") as url:
+        assert ask.healthy(url, soon(), any_status=True)
 
 
 def test_what_is_no_answer() -> None:

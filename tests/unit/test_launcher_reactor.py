@@ -94,7 +94,7 @@ def test_silence_at_the_start_ends_it_and_names_the_setting() -> None:
     step(fleet, Answered("controller", healthy=True), 1.0)
     step(fleet, Answered("router", healthy=True), 1.0)
     assert step(fleet, Tick(), 101.0) == [Terminate("router")]
-    assert fleet.reason == "prefill-0 did not answer within 100 s (setting: launcher.ready_s)"
+    assert fleet.reason == "prefill-0 did not answer GET /health with 200 within 100 s (setting: launcher.ready_s)"
 
 
 def test_a_ready_instance_that_dies_while_others_load_ends_the_start() -> None:

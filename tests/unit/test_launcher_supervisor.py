@@ -202,7 +202,7 @@ def test_a_program_that_is_not_there_says_so(launch: Launch, monkeypatch: pytest
 
 def test_silence_at_the_start_ends_it(launch: Launch) -> None:
     outcome = launch(router=("import time; time.sleep(1000)",), ready_s=1.5).wait()
-    assert outcome.reason == "router did not answer within 1.5 s (setting: launcher.ready_s)"
+    assert outcome.reason == "router did not answer GET /health with 200 within 1.5 s (setting: launcher.ready_s)"
 
 
 def test_a_port_taken_in_between_is_replaced(launch: Launch, tmp_path: Path) -> None:

@@ -6,16 +6,11 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.unit.mock_instance import JSON, fleet, pair, until
 from vllm_fleet.core import limits
-
-if TYPE_CHECKING:  # pytest puts this folder on the path, mypy counts from the repository's root
-    from tests.unit.mock_instance import JSON, fleet, pair, until
-else:
-    from mock_instance import JSON, fleet, pair, until
 
 # Requests that are wrong -------------------------------------------------------------------------------------------
 

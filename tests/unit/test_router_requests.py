@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
+from tests.unit.mock_instance import JSON, MockInstance, fleet, pair, until
 from vllm_fleet.core import limits
 from vllm_fleet.net.sockets import free_port
 from vllm_fleet.wire.control import Change
-
-if TYPE_CHECKING:  # pytest puts this folder on the path, mypy counts from the repository's root
-    from tests.unit.mock_instance import JSON, MockInstance, fleet, pair, until
-else:
-    from mock_instance import JSON, MockInstance, fleet, pair, until
 
 # The handoff -------------------------------------------------------------------------------------------------------
 
@@ -40,6 +36,7 @@ async def test_a_handoff_with_the_right_bodies() -> None:
             "max_tokens": 1,
             "n": 1,
             "stream": False,
+            "temperature": 0,
             "kv_transfer_params": hold,
         }
         assert d.seen[0].body == {"prompt": "hi", "max_tokens": 7, "min_tokens": 2, "kv_transfer_params": p.params}

@@ -11,9 +11,24 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-WORDS: tuple[str, ...] = tuple(
-    ["acorn", "agate", "alder", "alley", "almond", "amber", "anchor", "ankle", "anvil", "apple", "apron", "arch", "arrow", "ash", "aspen", "attic", "autumn", "axle", "badge", "bagel", "ballad", "bamboo", "banjo", "barge", "bark", "barley", "barn", "barrel", "basil", "basin", "basket", "bay", "beach", "beacon", "bean", "bear", "beaver", "bell", "bench", "berry", "birch", "bishop", "blade", "blanket", "bloom", "boat", "bolt", "bone", "bonnet", "book", "boot", "bottle", "boulder", "bow", "bowl", "branch", "brass", "bread", "brick", "bridge", "bronze", "brook", "broom", "brush", "bucket", "buckle", "bugle", "butter", "button", "cabin", "cable", "cactus", "cake", "camel", "candle", "canoe", "canvas", "canyon", "cape", "carbon", "carpet", "carrot", "castle", "cave", "cedar", "cellar", "chain", "chair", "chalk", "cherry", "chess", "chest", "chimney", "cider", "cinder", "circle", "citrus", "clay", "cliff", "cloak", "clock", "cloud", "clover", "coal", "coast", "cobalt", "cocoa", "coin", "comet", "compass", "copper", "coral", "cork", "corn", "cotton", "cove", "coyote", "crab", "crane", "crater", "cream", "creek", "crown", "crystal", "cup", "curtain", "cypress", "daisy", "dancer", "dawn", "deer", "delta", "desert", "dew", "diamond", "dingo", "dolphin", "domino", "donkey", "door", "dove", "dragon", "drum", "duck", "dune", "eagle", "earth", "easel", "echo", "eel", "elbow", "elder", "elk", "elm", "ember", "emerald", "engine", "falcon", "farm", "feather", "fern", "ferry", "fiddle", "field", "fig", "finch", "fir", "flag", "flame", "flask", "flint", "flock", "flour", "flute", "fog", "forest", "forge", "fossil", "fox", "frost", "fruit", "galaxy", "garden", "garlic", "garnet", "gate", "gecko", "geyser", "ginger", "glacier", "glass", "globe", "glove", "goat", "gold", "goose", "grain", "granite", "grape", "grass", "gravel", "grove", "guitar", "gull", "hammer", "harbor", "hare", "harp", "hat", "hawk", "hazel", "heather", "hedge", "helm", "hemp", "heron", "hill", "hinge", "holly", "honey", "hood", "hook", "horn", "horse", "house", "ice", "indigo", "ink", "iris", "iron", "island", "ivory", "ivy", "jacket", "jade", "jar", "jasmine", "jewel", "juniper", "kayak", "kettle", "key", "kite", "kiwi", "knot", "lace", "ladder", "lagoon", "lake", "lamp", "lance", "lantern", "larch", "lark", "laurel", "lava", "lawn", "leaf", "ledge", "lemon", "lens", "lentil", "lichen", "lilac", "lily", "lime", "linen", "lion", "lizard", "llama", "lobster", "locket", "loom", "lotus", "lupin", "lynx", "lyre", "magnet", "mango", "mantle", "maple", "marble", "marsh", "mast", "meadow", "melon"]
-)
+_WORDS = """
+    acorn agate alder alley almond amber anchor ankle anvil apple apron arch arrow ash aspen attic autumn axle badge
+    bagel ballad bamboo banjo barge bark barley barn barrel basil basin basket bay beach beacon bean bear beaver bell
+    bench berry birch bishop blade blanket bloom boat bolt bone bonnet book boot bottle boulder bow bowl branch brass
+    bread brick bridge bronze brook broom brush bucket buckle bugle butter button cabin cable cactus cake camel candle
+    canoe canvas canyon cape carbon carpet carrot castle cave cedar cellar chain chair chalk cherry chess chest chimney
+    cider cinder circle citrus clay cliff cloak clock cloud clover coal coast cobalt cocoa coin comet compass copper
+    coral cork corn cotton cove coyote crab crane crater cream creek crown crystal cup curtain cypress daisy dancer dawn
+    deer delta desert dew diamond dingo dolphin domino donkey door dove dragon drum duck dune eagle earth easel echo
+    eel elbow elder elk elm ember emerald engine falcon farm feather fern ferry fiddle field fig finch fir flag flame
+    flask flint flock flour flute fog forest forge fossil fox frost fruit galaxy garden garlic garnet gate gecko geyser
+    ginger glacier glass globe glove goat gold goose grain granite grape grass gravel grove guitar gull hammer harbor
+    hare harp hat hawk hazel heather hedge helm hemp heron hill hinge holly honey hood hook horn horse house ice indigo
+    ink iris iron island ivory ivy jacket jade jar jasmine jewel juniper kayak kettle key kite kiwi knot lace ladder
+    lagoon lake lamp lance lantern larch lark laurel lava lawn leaf ledge lemon lens lentil lichen lilac lily lime linen
+    lion lizard llama lobster locket loom lotus lupin lynx lyre magnet mango mantle maple marble marsh mast meadow melon
+"""
+WORDS: tuple[str, ...] = tuple(_WORDS.split())
 """Every key of a fact; each is one token of the demo model."""
 
 _FACT_TOKENS = 6  # key, '=', three digits, ' '

@@ -53,6 +53,7 @@ class Engine:
         self._store = store
         self._env = env
         self._waiting: asyncio.Queue[Turn | None] = asyncio.Queue(limits.CONTROL_QUEUE_MAX)
+        self._tick_waits = False
 
     async def submit(self, decide: Decide) -> Reply:
         """Let ``decide`` have its turn; its reply, once what it changed is saved. Raises Busy when too many wait."""
@@ -77,12 +78,16 @@ class Engine:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self.state.rules.tick_s)
-            await self._waiting.put((reactor.on_tick, None))
+            if not self._tick_waits:  # while the disk is slow, ticks must not fill the queue
+                self._tick_waits = True
+                await self._waiting.put((reactor.on_tick, None))
 
     async def _act(self) -> None:
         while (turn := await self._waiting.get()) is not None:
             decide, answer = turn
-            if answer is not None and answer.cancelled():
+            if answer is None:
+                self._tick_waits = False
+            elif answer.cancelled():
                 continue  # nobody waits for it any more
             try:
                 reply = await self._turn(decide)

@@ -33,7 +33,7 @@ class Rules:
     @property
     def tick_s(self) -> float:
         """How often silence is judged: often enough that ``suspect_s`` is exceeded by a quarter at most."""
-        return self.suspect_s / 4
+        return min(1.0, self.suspect_s / 4)
 
 
 @dataclass

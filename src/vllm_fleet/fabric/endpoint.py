@@ -6,12 +6,11 @@ import socket
 from collections.abc import Callable
 from typing import TypeAlias
 
-import msgspec
-
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import Corrupt
 from vllm_fleet.net.channel import Channel, ChannelServer, Credentials
 from vllm_fleet.wire import fabric as wire
+from vllm_fleet.wire.names import DECODE_ERRORS
 
 Handler: TypeAlias = Callable[[Channel, wire.Question], wire.Answer | None]
 """Answers one question; None when it has sent the answer itself."""
@@ -63,7 +62,7 @@ class Endpoint:
                     return
                 try:
                     question = wire.decode_question(payload)
-                except msgspec.MsgspecError:
+                except DECODE_ERRORS:
                     raise Corrupt(f"{len(payload)} bytes that are no question of the fabric") from None
                 handler = self._handlers.get(type(question))
                 answer = handler(channel, question) if handler is not None else wire.Denied("unsupported")
@@ -80,6 +79,6 @@ def ask(channel: Channel, question: wire.Question, deadline: Deadline) -> wire.A
     payload = channel.receive(deadline)
     try:
         answer: wire.Answer = wire.decode_answer(payload)
-    except msgspec.MsgspecError:
+    except DECODE_ERRORS:
         raise Corrupt(f"{channel.peer} answered {len(payload)} bytes that are no answer of the fabric") from None
     return answer

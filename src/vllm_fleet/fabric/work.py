@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vllm_fleet.core.deadline import Deadline
-from vllm_fleet.core.errors import FleetError
+from vllm_fleet.core.errors import FleetError, PeerGone
 from vllm_fleet.fabric.contract import TransferCancelledError, TransferError
 from vllm_fleet.fabric.plan import BlockCopyPlan, Ints
 
@@ -22,20 +22,28 @@ class WorkTransfer:
     def __init__(self, plan: BlockCopyPlan, interrupt: Callable[[], None]) -> None:
         self.plan = plan
         self.cancelled = threading.Event()
+        self._lock = threading.Lock()
+        self._running = False
         self._ended = threading.Event()
         self._error: FleetError | None = None
         self._interrupt = interrupt
 
     def run(self, copy: Copy) -> None:
         """Carry it out, on the link's thread; never raises a FleetError."""
+        with self._lock:
+            self._running = not self.cancelled.is_set()
         try:
-            if not self.cancelled.is_set():
+            if self._running:
                 copy(self.plan, self.cancelled)
             if self.cancelled.is_set():
                 self._error = TransferCancelledError("the transfer was cancelled")
         except FleetError as error:
-            cancelled = self.cancelled.is_set()
-            self._error = TransferCancelledError("the transfer was cancelled") if cancelled else error
+            if self.cancelled.is_set():
+                self._error = TransferCancelledError("the transfer was cancelled")
+            elif isinstance(error, PeerGone) and not isinstance(error, TransferError):
+                self._error = TransferError(str(error))
+            else:
+                self._error = error
         except BaseException as error:
             self._error = TransferError(f"the transfer broke: {type(error).__name__}: {error}")
             raise
@@ -49,6 +57,8 @@ class WorkTransfer:
 
     def done(self) -> bool:
         if not self._ended.is_set():
+            if self.cancelled.is_set():
+                raise TransferCancelledError("the transfer was cancelled")
             return False
         if self._error is not None:
             raise self._error
@@ -57,14 +67,15 @@ class WorkTransfer:
     def wait(self, deadline: Deadline) -> None:
         if not self._ended.wait(deadline.remaining()):
             self.cancel()
-            if not (isinstance(self._error, TransferCancelledError)):
-                self.done()
-            raise deadline.error("the transfer", "copying")
+            if not self._ended.is_set() or self._error is not None:
+                raise deadline.error("the transfer", "copying")
         self.done()
 
     def cancel(self) -> None:
-        self.cancelled.set()
-        if not self._ended.is_set():
+        with self._lock:
+            self.cancelled.set()
+            running = self._running
+        if running and not self._ended.is_set():
             self._interrupt()
             self._ended.wait()  # bounded: every copy looks at the event between calls of bounded size
 
@@ -103,6 +114,7 @@ class WorkLink:
             self._queue.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join()
+        self._interrupt()
 
     def _work(self) -> None:
         while (transfer := self._queue.get()) is not None:

@@ -46,9 +46,10 @@ def get(url: str, deadline: Deadline, headers: Mapping[str, str] | None = None) 
     return int(status[1]), body
 
 
-def healthy(url: str, deadline: Deadline) -> bool:
-    """Whether ``url`` answers 200."""
+def healthy(url: str, deadline: Deadline, *, any_status: bool = False) -> bool:
+    """Whether ``url`` answers 200, or with ``any_status`` whether it answers at all."""
     try:
-        return get(url, deadline)[0] == 200
+        status, _ = get(url, deadline)
     except (PeerGone, Corrupt):
         return False
+    return any_status or status == 200

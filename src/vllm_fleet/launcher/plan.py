@@ -22,16 +22,16 @@ KV_ROLES: Mapping[str, str] = {"prefill": "kv_producer", "decode": "kv_consumer"
 """Whoever loads KV must not be a kv_producer: vLLM then frees blocks that a running step may still read."""
 
 OWNED = {
-    "--model": "the key 'model'",
-    "--port": "nothing: the launcher picks a free port",
-    "--host": "nothing: instances listen on loopback, behind the router",
-    "--uds": "nothing: the launcher picks a free port",
-    "--headless": "nothing: every instance of a fleet has its own server",
-    "--ssl-keyfile": "nothing: instances listen on loopback, behind the router",
-    "--ssl-certfile": "nothing: instances listen on loopback, behind the router",
-    "--kv-transfer-config": "the keys under 'handoff' and 'fabric'",
+    "--model": "the key 'model' sets it",
+    "--port": "the launcher picks a free port",
+    "--host": "instances listen on loopback, behind the router",
+    "--uds": "instances listen on loopback, behind the router",
+    "--headless": "every instance of a fleet has its own server",
+    "--ssl-keyfile": "instances listen on loopback, behind the router",
+    "--ssl-certfile": "instances listen on loopback, behind the router",
+    "--kv-transfer-config": "the keys under 'handoff' and 'fabric' set it",
 }
-"""vLLM arguments that are ours to give, and what to use instead."""
+"""vLLM arguments that are ours to give, and why."""
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,10 @@ def check_vllm_args(args: Sequence[str]) -> None:
     """ConfigError when ``args`` hold an argument that is ours, in any spelling vLLM accepts."""
     for arg in args:
         name = _option_name(arg)
-        for owned, instead in OWNED.items():
+        for owned, reason in OWNED.items():
             # argparse takes any unique beginning of a name, and vLLM takes --a.b for a key inside a JSON argument
             if name.startswith("--") and len(name) > 2 and owned.startswith(name.partition(".")[0]):
-                raise ConfigError(f"vllm_args must not hold {arg.partition('=')[0]} ({owned}): use {instead}")
+                raise ConfigError(f"vllm_args must not hold {arg.partition('=')[0]}: {reason}")
 
 
 def option(args: Sequence[str], *names: str) -> str | None:

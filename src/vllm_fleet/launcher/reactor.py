@@ -202,7 +202,8 @@ def _on_tick(turn: _Turn) -> None:
         if child.state == "restarting" and turn.now >= child.restart_at:
             _start(turn, [child])
         elif child.state == "starting" and turn.now >= child.deadline:
-            text = f"{child.name} did not answer within {fleet.ready_s:g} s (setting: launcher.ready_s)"
+            waited = f"within {fleet.ready_s:g} s (setting: launcher.ready_s)"
+            text = f"{child.name} did not answer GET /health with 200 {waited}"
             if fleet.phase == "starting" and not child.was_ready:
                 _fail(turn, child, text)
                 return

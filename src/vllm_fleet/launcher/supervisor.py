@@ -153,7 +153,9 @@ class Supervisor:
                 self._ports[name] = sockets.free_port("127.0.0.1")
                 self._specs = {spec.name: spec for spec in self._planner(self._ports)}
             case events.Probe(name):
-                self._probers.submit(self._probe, name, self._specs[name].health_url)
+                # A router that came back answers 503 while no instance is left: it is up, and not to be killed for it.
+                back = self._fleet.children[name].was_ready
+                self._probers.submit(self._probe, name, self._specs[name].health_url, back)
             case events.Terminate(name):
                 self._signal(name, signal.SIGTERM)
             case events.Kill(name):
@@ -193,8 +195,8 @@ class Supervisor:
         log.event("child.exit", child=name, pid=child.pid, code=code)
         return events.Exited(name, code, logs.summary(picked) if code > 0 else "", logs.port_taken(picked))
 
-    def _probe(self, name: str, url: str) -> None:
-        healthy = ask.healthy(url, Deadline.after(limits.PROBE_S, "limits.PROBE_S"))
+    def _probe(self, name: str, url: str, any_status: bool) -> None:
+        healthy = ask.healthy(url, Deadline.after(limits.PROBE_S, "limits.PROBE_S"), any_status=any_status)
         self._answers.put(events.Answered(name, healthy))
 
     def _signal(self, name: str, signum: signal.Signals) -> None:

@@ -28,6 +28,7 @@ _PREFILL_DROPS = frozenset(
         "return_prompt_text",
         "return_token_ids",
         "return_tokens_as_token_ids",
+        "seed",  # vLLM 0.32 on CPU dies of it when prefill comes in chunks (gpu_model_runner.py, set_offset)
         "stream_options",  # only valid with stream
         "top_logprobs",
     }
@@ -77,7 +78,7 @@ class GenerateRequest:
     def prefill_body(self) -> bytes:
         """What a prefill instance gets: the same prompt, one token, an unstreamed answer that says where the KV is."""
         fields: dict[str, Any] = {name: raw for name, raw in self.fields.items() if name not in _PREFILL_DROPS}
-        fields |= {"stream": False, "n": 1, "max_tokens": 1}
+        fields |= {"stream": False, "n": 1, "max_tokens": 1, "temperature": 0}  # nobody reads its token
         if self.route is Route.CHAT:
             fields["max_completion_tokens"] = 1
         if "best_of" in fields:

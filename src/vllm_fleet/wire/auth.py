@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vllm_fleet.core.errors import AuthError, LinkError
-from vllm_fleet.wire.names import Count, Name
+from vllm_fleet.wire.names import DECODE_ERRORS, Count, Name
 
 VERSION = 1
 """The wire version this build speaks."""
@@ -100,7 +100,7 @@ class ClientHandshake:
                 self.done = True
                 return None
             answer = _decode_server_answer(payload)
-        except msgspec.MsgspecError:
+        except DECODE_ERRORS:
             raise AuthError("the peer did not prove the fleet's token") from None
         if isinstance(answer, Refused):
             raise LinkError(
@@ -134,7 +134,7 @@ class ServerHandshake:
             if self._expected is None:
                 return self._answer_hello(payload)
             proof = _decode_client_proof(payload)
-        except msgspec.MsgspecError:
+        except DECODE_ERRORS:
             raise AuthError("the peer did not prove the fleet's token") from None
         if not hmac.compare_digest(self._expected, proof.proof):
             raise AuthError("the peer did not prove the fleet's token")

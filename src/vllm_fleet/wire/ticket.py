@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from vllm_fleet.core import limits
 from vllm_fleet.core.errors import AuthError, BadRequest
-from vllm_fleet.wire.names import Count, Id, Port
+from vllm_fleet.wire.names import DECODE_ERRORS, Count, Id, Port
 
 FIELD = "fleet_ticket"
 """The key inside kv_transfer_params that holds the signed ticket; all other keys are for proxies only."""
@@ -81,7 +81,7 @@ def unseal(sealed: object, token: bytes) -> Ticket:
         raise AuthError("the ticket was not signed by this fleet")
     try:
         return _decode(body)
-    except msgspec.MsgspecError as error:
+    except DECODE_ERRORS as error:
         raise BadRequest(f"the ticket was signed by this fleet but is not one this version reads: {error}") from None
 
 

@@ -28,7 +28,7 @@ from vllm_fleet.fabric.endpoint import Endpoint
 from vllm_fleet.fabric.plan import BlockCopyPlan, Ints
 from vllm_fleet.fabric.work import WorkLink, check_bounds
 from vllm_fleet.wire.fabric import PoolHandle
-from vllm_fleet.wire.names import Count
+from vllm_fleet.wire.names import DECODE_ERRORS, Count
 
 PIECE_BYTES_MAX = 16 << 20  # bytes per system call: about 1 ms, the longest a cancel waits
 PROBE_BYTES = 32
@@ -139,7 +139,7 @@ class CmaTransport:
             raise LinkError("register a pool before connecting")
         try:
             details = _decode(peer.details)
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             raise LinkError(f"the peer's cma handle cannot be read: {error}") from error
         if len(details.addresses) != len(peer.region_bytes):
             raise LinkError("the peer's cma handle is inconsistent")

@@ -26,7 +26,7 @@ from vllm_fleet.fabric.work import WorkLink, check_bounds
 from vllm_fleet.net.channel import Channel, Credentials, connect
 from vllm_fleet.wire import fabric as wire
 from vllm_fleet.wire.fabric import PoolHandle
-from vllm_fleet.wire.names import Port
+from vllm_fleet.wire.names import DECODE_ERRORS, Port
 
 IDLE_S = 10.0
 """A transfer fails when no byte moves for this long."""
@@ -79,7 +79,7 @@ class TcpTransport:
             raise LinkError("register a pool before connecting")
         try:
             details = _decode(peer.details)
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             raise LinkError(f"the peer's tcp handle cannot be read: {error}") from error
         receiver = _Receiver(details, peer, self._views, self._pool, self._endpoint.credentials)
         try:
@@ -179,7 +179,7 @@ class _Receiver:
 
     def interrupt(self) -> None:
         """Wake the thread that receives; the connection is lost, since bytes may be under way."""
-        channel = self._channel
+        channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
 

@@ -1,0 +1,44 @@
+# Every target first makes .venv, if it is not there. EXTRA=cuda on a machine with GPUs.
+EXTRA ?= cpu
+SEED ?= 7
+BIN := .venv/bin
+
+.PHONY: help setup demo test unit check format sim bench-handoff bench-cma clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+setup:  ## make .venv with everything the other targets need
+	@scripts/setup.sh $(EXTRA)
+
+demo: setup  ## two vLLM instances, one service: ask it, see KV move, compare with one instance
+	@$(BIN)/python examples/demo.py
+
+test: setup  ## every test that this machine can run
+	@$(BIN)/pytest tests
+
+unit: setup  ## the tests that start no vLLM, in under 30 seconds
+	@$(BIN)/pytest tests/unit tests/rules
+
+check: setup  ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup  ## let ruff put things in order
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+sim: setup  ## the deterministic simulation of the controller: make sim SEED=7
+	@$(BIN)/python -m tests.sim --seed $(SEED)
+
+bench-handoff: setup  ## how long a handoff takes, beside vLLM's NixlConnector
+	@$(BIN)/python -c 'import nixl' 2> /dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[nixl]'
+	@$(BIN)/python -m benchmarks.handoff
+
+bench-cma: setup  ## process_vm_readv against shared memory, for blocks of KV
+	@$(BIN)/python -m benchmarks.cma
+
+clean:  ## remove .venv and what tools left
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
