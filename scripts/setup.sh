@@ -25,8 +25,9 @@ for candidate in python3.13 python3.12 python3.11 python3; do
 done
 [ -n "$python" ] || fail "Python 3.11, 3.12 or 3.13 is needed and none was found; on Debian or Ubuntu run: apt-get install python3 python3-venv"
 
-# Libraries of the system: vLLM's CPU build links libnuma.
+# vLLM's CPU build links libnuma, and torch compiles a few small kernels when it starts.
 packages=""
+command -v g++ > /dev/null || packages="$packages g++"
 ldconfig -p 2> /dev/null | grep -q 'libnuma\.so\.1' || packages="$packages libnuma1"
 "$python" -c 'import ensurepip' 2> /dev/null || packages="$packages python3-venv"
 if [ -n "$packages" ]; then

@@ -32,8 +32,8 @@ STAGES = (
     (60, 512, 8, 1.5e-3, 0.02),
     (120, 1024, 5, 1e-3, 0.01),
     (254, 1792, 3, 1e-3, 0.003),
-    (254, 1792, 4, 4e-4, 0.0003),
-    (254, 1792, 6, 1e-4, 0.00005),
+    (254, 1792, 8, 5e-4, 0.0004),
+    (254, 1792, 8, 1e-4, 0.00005),
 )
 
 
@@ -122,10 +122,10 @@ class Sampler:
 
     def __init__(self, tokenizer: Tokenizer, rng: random.Random) -> None:
         self.rng = rng
-        self.words: list[int] = [tokenizer.token_to_id(w) for w in WORDS]
-        self.digits: list[int] = [tokenizer.token_to_id(d) for d in "0123456789"]
+        self.words = tokenizer.encode("".join(f"{word} " for word in WORDS)).ids[::2]
+        self.digits = tokenizer.encode("0123456789").ids
         self.equals, self.question, self.space = tokenizer.encode("=? ").ids
-        self.eos: int = tokenizer.token_to_id(EOS)
+        self.eos = tokenizer.encode(EOS).ids[0]
 
     def sequence(self, most: int, length: int) -> tuple[list[int], list[int]]:
         """Token ids and labels, both of ``length``; a label is IGNORE where the next token cannot be known."""
@@ -136,8 +136,9 @@ class Sampler:
         for key in keys:
             value = [rng.choice(self.digits) for _ in range(3)]
             items.append([key, self.equals, *value, self.space])
-        ids = [token for item in items for token in item] + [self.question]
-        known = [k in (1, 5) for _ in items for k in range(6)] + [False]
+        lead = rng.choice((0, 0, 0, rng.randint(1, 8)))  # spaces in front, so that a prompt can have any length
+        ids = [self.space] * lead + [token for item in items for token in item] + [self.question]
+        known = [False] * lead + [k in (1, 5) for _ in items for k in range(6)] + [False]
         while len(ids) < length:
             start = rng.randrange(facts)
             stop = facts if rng.random() < 0.3 else min(facts, start + rng.randint(1, 4))
@@ -160,7 +161,7 @@ class Sampler:
 
 
 def train(model: LlamaForCausalLM, sampler: Sampler, minutes: float, first: int = 0) -> Iterator[str]:
-    """Run the stages from ``first`` on; yields a line of progress every 100 steps."""
+    """Run the stages from ``first`` on; yields a line of progress every 50 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     begin, step, deadline = time.monotonic(), 0, time.monotonic() + 60 * minutes
     for stage, (most, length, count, rate, target) in list(enumerate(STAGES))[first:]:
@@ -182,7 +183,7 @@ def train(model: LlamaForCausalLM, sampler: Sampler, minutes: float, first: int 
             optimizer.step()
             mean = 0.97 * mean + 0.03 * loss.item() if mean < 5.0 else loss.item()
             step += 1
-            if step % 100 == 0:
+            if step % 50 == 0:
                 yield f"step {step} length {length} loss {mean:.4f} {time.monotonic() - begin:.0f} s"
 
 
@@ -191,8 +192,8 @@ def accuracy(model: LlamaForCausalLM, tokenizer: Tokenizer, rng: random.Random, 
     """Share of prompts whose whole answer is predicted, with the right answer fed as context."""
     right = 0
     for index in range(prompts):
-        prompt = make_prompt(rng, facts=3 + (index * 247) // max(1, prompts - 1))
-        ids = tokenizer.encode(prompt.text).ids
+        prompt = make_prompt(rng, facts=3 + (index * 246) // max(1, prompts - 1))
+        ids = tokenizer.encode(" " * rng.randrange(6) + prompt.text).ids
         answer = [*tokenizer.encode(prompt.answer).ids, tokenizer.token_to_id(EOS)]
         logits = model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
         right += logits.argmax(-1).tolist() == answer

@@ -19,7 +19,7 @@ PLACE = Place("/run/token", "/run/settings", "/run/state", {name: f"/run/tmp/{na
 
 
 def machine(*, cpu: bool = True, cores: int = 9, gpus: tuple[str, ...] = (), **environ: str) -> Machine:
-    return Machine("/bin/python", cores, cpu, gpus, environ)
+    return Machine("/bin/python", cores, cpu, gpus, environ, "/cache")
 
 
 def config(**changes: Any) -> FleetConfig:
@@ -114,6 +114,7 @@ def test_an_instance_on_a_cpu() -> None:
     )  # fmt: skip
     assert spec.env == {
         "PYTHONUNBUFFERED": "1",
+        "TORCHINDUCTOR_CACHE_DIR": "/cache/torchinductor",
         "PYTHONHASHSEED": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",

@@ -24,6 +24,8 @@ class Machine:
     gpus: tuple[str, ...]
     """Ids for CUDA_VISIBLE_DEVICES; empty where there are none or they are of another kind."""
     environ: Mapping[str, str]
+    cache: str
+    """Folder of this user for what may be kept between runs."""
 
 
 def look(environ: Mapping[str, str]) -> Machine:
@@ -34,7 +36,8 @@ def look(environ: Mapping[str, str]) -> Machine:
     """
     cpu_build = vllm_is_cpu_build()
     gpus = () if cpu_build else _gpus(environ)
-    return Machine(sys.executable, len(os.sched_getaffinity(0)), cpu_build, gpus, environ)
+    cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-fleet"
+    return Machine(sys.executable, len(os.sched_getaffinity(0)), cpu_build, gpus, environ, str(cache))
 
 
 def vllm_is_cpu_build() -> bool:

@@ -176,6 +176,8 @@ def _instance_env(config: FleetConfig, machine: Machine, gpus: str | None, tmp: 
         "PYTHONHASHSEED": "0",  # equal prefix hashes in every instance
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        # Instances have a TMPDIR of their own; what torch compiles at start-up should still be compiled only once.
+        "TORCHINDUCTOR_CACHE_DIR": f"{machine.cache}/torchinductor",
     }
     if is_folder(config.model):
         unless_set["HF_HUB_OFFLINE"] = "1"
