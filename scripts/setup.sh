@@ -17,8 +17,8 @@ last_words() { tail -n 3 .venv/setup.log | tr '\n' ' '; }
 echo "Setting up .venv (about two minutes and 4 GB, once):"
 
 python=""
-for candidate in python3.13 python3.12 python3.11 python3; do
-  if command -v "$candidate" > /dev/null && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
+for candidate in python3 python3.12 python3.11 python3.13; do
+  if command -v "$candidate" > /dev/null && "$candidate" -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" 2> /dev/null; then
     python=$candidate
     break
   fi

@@ -7,14 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from vllm_fleet.bench.plain import plain_instance
 
 MODEL = Path(__file__).parents[1] / "examples" / "recall" / "fleet-recall"
 COMMAND = str(Path(sys.executable).parent / "vllm-fleet")
@@ -75,22 +73,57 @@ def running_fleet(home: Path, *flags: str) -> Iterator[RunningFleet]:
     assert down.returncode == 0, down.stdout + down.stderr
 
 
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of one plain vLLM instance without any connector."""
-    with plain_instance(MODEL, tmp_path_factory.mktemp("plain") / "plain.log") as url:
-        yield url
+class SharedFleets:
+    """At most one fleet at a time that tests share: asking for another stops the one before. An instance takes 3 GB."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+        self._stack = ExitStack()
+        self._transport: str | None = None
+        self._running: RunningFleet | None = None
+
+    def get(self, transport: str) -> RunningFleet:
+        """The fleet whose links are of this transport."""
+        if self._running is None or self._transport != transport:
+            self.stop()
+            home = self._factory.mktemp(transport)
+            self._running = self._stack.enter_context(running_fleet(home, "--transport", transport))
+            self._transport = transport
+        return self._running
+
+    def stop(self) -> None:
+        """Stop the running one, if any."""
+        self._running = None
+        self._stack.close()
 
 
 @pytest.fixture(scope="session")
-def cma_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
+def shared_fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedFleets]:
+    fleets = SharedFleets(tmp_path_factory)
+    yield fleets
+    fleets.stop()
+
+
+@pytest.fixture
+def cma_fleet(shared_fleets: SharedFleets) -> RunningFleet:
     """A fleet whose links are cma."""
-    with running_fleet(tmp_path_factory.mktemp("cma"), "--transport", "cma") as fleet:
-        yield fleet
+    return shared_fleets.get("cma")
 
 
-@pytest.fixture(scope="session")
-def tcp_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
+@pytest.fixture
+def tcp_fleet(shared_fleets: SharedFleets) -> RunningFleet:
     """A fleet whose links are tcp."""
-    with running_fleet(tmp_path_factory.mktemp("tcp"), "--transport", "tcp") as fleet:
-        yield fleet
+    return shared_fleets.get("tcp")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Shuffled as they are, tests that share a fleet run one after the other: fleets are started once each."""
+
+    def group(item: pytest.Item) -> int:
+        if item.get_closest_marker("vllm") is None:
+            return 0
+        text = f"{item.name} {' '.join(getattr(item, 'fixturenames', ()))}"
+        return 1 if "cma" in text else 2 if "tcp" in text else 3
+
+    items.sort(key=group)

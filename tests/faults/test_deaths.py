@@ -7,7 +7,6 @@ import contextlib
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.conftest import RunningFleet, running_fleet
+from tests.conftest import RunningFleet, SharedFleets, running_fleet
 from tests.integration.asking import ask_all, body
 from vllm_fleet.bench.plain import post, scrape, total
 from vllm_fleet.bench.recall import make_prompt
@@ -28,8 +27,9 @@ HOLD = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
-    """Two prefill instances, one of which the tests may kill, and one decode; short leases."""
+def fleet(shared_fleets: SharedFleets, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
+    """Two prefill instances and one decode; short leases."""
+    shared_fleets.stop()
     home = tmp_path_factory.mktemp("deaths")
     config = home / "fleet.yaml"
     config.write_text("handoff: {lease_s: 3, hold_s: 6, load_s: 3}\n")
@@ -154,32 +154,3 @@ def is_controller(process: psutil.Process, home: Path) -> bool:
 def is_back(fleet: RunningFleet, old: int) -> bool:
     pids = [p.pid for p in psutil.process_iter(["cmdline"]) if is_controller(p, fleet.home)]
     return bool(pids) and pids != [old] and set(states(fleet).values()) == {"ready"}
-
-
-def kill(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        process.kill()
-
-
-def test_a_prefill_killed_between_its_answer_and_the_transfer(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """And one killed under load. Its own fleet, since an instance is gone afterwards."""
-    with running_fleet(tmp_path_factory.mktemp("killed"), "--prefill", "2") as fleet:
-        prompt, params = hold(fleet.urls["prefill-1"], 5)
-        prompts = [make_prompt(random.Random(seed), 200) for seed in range(30)]
-        requests = [body(p.text, max_tokens=3) for p in prompts]
-        victims = [psutil.Process(fleet.pids["prefill-1"])]
-        victims += victims[0].children(recursive=True)
-        killer = threading.Timer(0.5, kill, [victims])
-        killer.start()
-        answers = ask_all(fleet.router, requests, 8)
-        killer.join()
-        psutil.wait_procs(victims, timeout=10)
-        assert not any(process.is_running() for process in victims)
-        assert [(answer.status, answer.text) for answer in answers] == [(200, p.value) for p in prompts]
-        recomputed = outcome(fleet.decode, "recomputed")
-        assert decode_answers(fleet, prompt, params) == prompt.value
-        assert outcome(fleet.decode, "recomputed") == recomputed + 1
-        wait_for("prefill-1 is seen gone", lambda: states(fleet)["prefill-1"] == "gone", 20)
-        answers = ask_all(fleet.router, requests, 8)
-        assert [(answer.status, answer.text) for answer in answers] == [(200, p.value) for p in prompts]
-        wait_for("decode's blocks are free", lambda: usage(fleet.decode) == 0.0, 20)

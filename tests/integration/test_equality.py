@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from tests.conftest import MODEL, RunningFleet
 from tests.integration.asking import Answer, ask_all, body
-from vllm_fleet.bench.plain import post, scrape, total
+from vllm_fleet.bench.plain import plain_instance, post, scrape, total
 from vllm_fleet.bench.recall import RecallPrompt, facts_for_tokens, make_prompt, prompt_tokens
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -46,24 +47,50 @@ def requests() -> tuple[list[dict[str, Any]], list[RecallPrompt]]:
     return made, prompts
 
 
-@pytest.fixture(scope="module")
-def reference(plain: str) -> list[Answer]:
-    """What one instance answers. Seeded ones go alone: vLLM 0.32 on CPU dies of one whose prefill comes in chunks."""
+CHAT = make_prompt(random.Random(5), 30)
+
+
+def chat_request() -> dict[str, Any]:
+    messages = [{"role": "user", "content": CHAT.text}]
+    return {"model": MODEL.name, "messages": messages, "max_tokens": 9, "temperature": 0}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one plain instance, without any connector, answers."""
+
+    completions: list[Answer]
+    chat: str
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Seeded requests go alone: vLLM 0.32 on CPU dies of one whose prefill comes in chunks."""
     asked = requests()[0]
     seeded = [request for request in asked if "seed" in request]
     others = [request for request in asked if "seed" not in request]
-    answers = {id(request): answer for request, answer in zip(others, ask_all(plain, others), strict=True)}
-    answers |= {id(request): answer for request, answer in zip(seeded, ask_all(plain, seeded, 1), strict=True)}
-    return [answers[id(request)] for request in asked]
+    with plain_instance(MODEL, tmp_path_factory.mktemp("plain") / "plain.log") as url:
+        answers = {id(request): answer for request, answer in zip(others, ask_all(url, others), strict=True)}
+        answers |= {id(request): answer for request, answer in zip(seeded, ask_all(url, seeded, 1), strict=True)}
+        chat, _ = post(f"{url}/v1/chat/completions", chat_request())
+    return Reference([answers[id(request)] for request in asked], chat["choices"][0]["message"]["content"])
+
+
+def test_one_plain_instance_is_always_right(reference: Reference) -> None:
+    """The oracle itself: every greedy answer, to prompts of 22 to 1,490 tokens, is the one that the facts say."""
+    asked, prompts = requests()
+    for request, prompt, answer in zip(asked, prompts, reference.completions, strict=True):
+        if request["temperature"] == 0:
+            assert answer.text.startswith(prompt.value[: request["max_tokens"]]), request["prompt"]
 
 
 @pytest.mark.parametrize("transport", ["cma", "tcp"])
-def test_equal_to_one_instance(transport: str, reference: list[Answer], request: pytest.FixtureRequest) -> None:
+def test_equal_to_one_instance(transport: str, reference: Reference, request: pytest.FixtureRequest) -> None:
     fleet: RunningFleet = request.getfixturevalue(f"{transport}_fleet")
     asked, prompts = requests()
     before = scrape(fleet.decode)
     answers = ask_all(fleet.router, asked)
-    for index, (answer, wanted) in enumerate(zip(answers, reference, strict=True)):
+    for index, (answer, wanted) in enumerate(zip(answers, reference.completions, strict=True)):
         assert answer.status == 200, (index, answer.raw)
         assert answer.handoff == "handed_off", (index, answer.handoff)
         assert answer.tokens == wanted.tokens, (index, asked[index]["prompt"][-60:])
@@ -102,15 +129,12 @@ def test_decode_computes_one_token_of_a_prompt(cma_fleet: RunningFleet) -> None:
     assert grown("vllm:fleet_handoff_bytes_total") == blocks * layers * block_bytes
 
 
-def test_chat_and_models(cma_fleet: RunningFleet, plain: str) -> None:
-    prompt = make_prompt(random.Random(5), 30)
-    messages = [{"role": "user", "content": prompt.text}]
-    chat = {"model": MODEL.name, "messages": messages, "max_tokens": 9, "temperature": 0}
-    answer, headers = post(f"{cma_fleet.router}/v1/chat/completions", chat)
-    wanted, _ = post(f"{plain}/v1/chat/completions", chat)
+def test_a_chat(cma_fleet: RunningFleet, reference: Reference) -> None:
+    answer, headers = post(f"{cma_fleet.router}/v1/chat/completions", chat_request())
     assert headers["x-fleet-handoff"] == "handed_off"
-    assert answer["choices"][0]["message"]["content"] == wanted["choices"][0]["message"]["content"]
-    assert answer["choices"][0]["message"]["content"].startswith(prompt.value)
+    text = answer["choices"][0]["message"]["content"]
+    assert text == reference.chat
+    assert text.startswith(CHAT.value)
 
 
 def test_a_repeated_prompt_moves_only_what_decode_lacks(cma_fleet: RunningFleet) -> None:
