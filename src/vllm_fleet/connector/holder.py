@@ -14,8 +14,11 @@ from vllm_fleet.fabric.plan import Ints
 from vllm_fleet.net.channel import Channel
 from vllm_fleet.wire import fabric as wire
 
-UNKNOWN_WAIT_S = 1.0
+OPEN_WAIT_S = 1.0
 """A prefill answer reaches decode before this worker hears of the hold, by an engine step: wait this long for it."""
+
+CLOSE_WAIT_S = 0.2
+"""The same for a decode that gives a transfer up at once; longer would hold up its next question."""
 
 
 class Holder:
@@ -83,18 +86,17 @@ class Holder:
 
     def _open(self, channel: Channel, question: wire.Question) -> wire.Answer:
         assert isinstance(question, wire.Open)
-        until = time.monotonic() + UNKNOWN_WAIT_S
         with self._changed:
-            while question.transfer not in self._table.pins:
-                left = until - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    return wire.Denied("unknown_transfer")
+            if not self._changed.wait_for(lambda: question.transfer in self._table.pins, OPEN_WAIT_S):
+                return wire.Denied("unknown_transfer")
             pin = self._table.open(question.transfer, channel, time.monotonic())
             return wire.Denied("already_open") if pin is None else wire.Opened(pin.blocks)
 
     def _close(self, channel: Channel, question: wire.Question) -> wire.Answer:
         assert isinstance(question, wire.Close)
         with self._changed:
+            if not question.taken:
+                self._changed.wait_for(lambda: question.transfer in self._table.pins, CLOSE_WAIT_S)
             valid = self._table.close(question.transfer, channel, time.monotonic())
             self._changed.notify_all()
         return wire.Closed(valid)
