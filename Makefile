@@ -34,10 +34,10 @@ sim: setup  ## the deterministic simulation of the controller: make sim SEED=7
 
 bench-handoff: setup  ## how long a handoff takes, beside vLLM's NixlConnector
 	@$(BIN)/python -c 'import nixl' 2> /dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[nixl]'
-	@$(BIN)/python -m benchmarks.handoff
+	@$(BIN)/python -m benchmarks.handoff $(ARGS)
 
 bench-cma: setup  ## process_vm_readv against shared memory, for blocks of KV
-	@$(BIN)/python -m benchmarks.cma
+	@$(BIN)/python -m benchmarks.cma $(ARGS)
 
 clean:  ## remove .venv and what tools left
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

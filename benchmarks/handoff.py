@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ class Pair:
     remote_s: list[float] = field(default_factory=list)
     local_s: list[float] = field(default_factory=list)
     wrong: int = 0
+    failed_after_s: list[float] = field(default_factory=list)
 
     def round(self, seed: int) -> None:
         """One handoff and its local twin."""
@@ -56,9 +58,12 @@ class Pair:
         body: dict[str, Any] = {"model": MODEL.name, "prompt": f" {prompt.text}", "max_tokens": 1, "temperature": 0}
         held, _ = post(f"{self.prefill}/v1/completions", {**body, "kv_transfer_params": HOLD})
         began = time.perf_counter()
-        remote, _ = post(
-            f"{self.decode}/v1/completions", {**body, "kv_transfer_params": held["kv_transfer_params"]}, timeout_s=180
-        )
+        request = {**body, "kv_transfer_params": held["kv_transfer_params"]}
+        try:
+            remote, _ = post(f"{self.decode}/v1/completions", request, timeout_s=180)
+        except urllib.error.HTTPError:  # NixlConnector answers 500 when its load fails
+            self.failed_after_s.append(time.perf_counter() - began)
+            return
         self.remote_s.append(time.perf_counter() - began)
         time.sleep(0.05)
         began = time.perf_counter()
@@ -80,6 +85,8 @@ class Pair:
             "handoff_ms_median": statistics.median(extra),
             "handoff_ms_max": max(extra),
             "wrong_answers": self.wrong,
+            "failed": len(self.failed_after_s),
+            "failed_after_ms_max": 1e3 * max(self.failed_after_s, default=0.0),
         }
 
 
@@ -157,12 +164,13 @@ def main() -> None:
         "handoff (median)",
         "worst",
         "wrong",
+        "failed",
     ):
         table.add_column(heading, justify="right")
     for name, row in rows.items():
         remote, local = row["decode_remote_ms_median"], row["decode_local_ms_median"]
         cells = [f"{value:.1f}" for value in (remote, local, row["handoff_ms_median"], row["handoff_ms_max"])]
-        table.add_row(name, str(row["rounds"]), *cells, str(row["wrong_answers"]))
+        table.add_row(name, str(row["rounds"]), *cells, str(row["wrong_answers"]), str(row["failed"]))
     Console().print(table)
     Console().print(
         f"vllm-fleet's own counters, alone: {own['loads']:.0f} loads of {own['bytes_per_load'] / 2**20:.2f} MiB, "
@@ -172,8 +180,8 @@ def main() -> None:
     if args.json:
         report = {"command": "make bench-handoff", "machine": machine, "rows": rows, "own_counters": own}
         args.json.write_text(json.dumps(report, indent=2) + "\n")
-    if any(row["wrong_answers"] for row in rows.values()):
-        raise SystemExit("wrong answers")
+    if any(row["wrong_answers"] or (row["failed"] and "fleet" in name) for name, row in rows.items()):
+        raise SystemExit("wrong or failed answers")
 
 
 if __name__ == "__main__":
