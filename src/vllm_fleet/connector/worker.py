@@ -19,7 +19,6 @@ from vllm_fleet.fabric import transports
 from vllm_fleet.fabric.contract import KVPool, Region, Transport
 from vllm_fleet.fabric.endpoint import Endpoint
 from vllm_fleet.fabric.plan import BlockShape
-from vllm_fleet.fabric.transports.tcp import TcpTransport
 from vllm_fleet.net import sockets
 from vllm_fleet.net.channel import Channel, Credentials
 from vllm_fleet.wire import fabric as wire
@@ -40,12 +39,10 @@ class WorkerSide:
         listener = sockets.listen(settings.host, 0, setting="fabric.host")
         self._endpoint = Endpoint(listener, credentials)
         self._holder = Holder(self._endpoint, self._changed, lease_s=settings.lease_s, hold_s=settings.hold_s)
+        self._endpoint.allow_read = self._holder.grants
         self._transports: dict[str, Transport] = {}
         for name in settings.transports:
-            transport = transports.load(name)(self._endpoint)
-            if isinstance(transport, TcpTransport):
-                transport.grant = self._holder.grants
-            self._transports[name] = transport
+            self._transports[name] = transports.load(name)(self._endpoint)
         self._credentials = credentials
         self._loader: Loader | None = None
         self._invalid: set[int] = set()

@@ -1,4 +1,4 @@
-"""The interfaces of the fabric: the connector thinks in one-sided reads of registered memory."""
+"""The interfaces of the fabric: the connector thinks in one-sided reads and writes of registered memory."""
 
 from __future__ import annotations
 
@@ -22,6 +22,20 @@ class TransferCancelledError(TransferError):
 
 
 @dataclass(frozen=True)
+class Capabilities:
+    """What a transport can do; the link selection and the tests read it, nobody asks for its class."""
+
+    cpu: bool
+    """Moves blocks in CPU memory."""
+    cuda: bool
+    """Moves blocks in CUDA memory."""
+    one_sided: bool
+    """A read needs no help from the owner's process while it runs: the owner may be stopped."""
+    same_host: bool
+    """Reaches peers on this host only."""
+
+
+@dataclass(frozen=True)
 class Region:
     """``nbytes`` of this process's memory from ``address``: one layer's blocks, ``block_stride`` bytes apart.
 
@@ -41,6 +55,13 @@ class KVPool:
 
     regions: tuple[Region, ...]
     owner: object = field(default=None, repr=False, compare=False)
+    cuda: int | None = None
+    """The CUDA device (this process's number for it) that holds all regions; None: CPU memory."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each region."""
+        return tuple(region.nbytes for region in self.regions)
 
     def range(self, region: int, offset: int, nbytes: int) -> int:
         """The address of ``nbytes`` at ``offset`` of a region; IndexError when they are not all inside it."""
@@ -69,13 +90,24 @@ class Transfer(Protocol):
 
 
 class Link(Protocol):
-    """One transport between one pair of workers. Transfers on one link end in the order they were started."""
+    """One transport between one pair of workers. Transfers on one link are carried out in the order of their start."""
 
     transport: str
 
     def read(self, plan: BlockCopyPlan) -> Transfer:
-        """Start copying the peer's bytes into this side's pool; does not block. The destination must stay allocated
-        until the transfer has ended."""
+        """Start copying the peer's bytes (``plan.source``) into this side's pool (``plan.target``); does not block.
+
+        The target must stay allocated until the transfer has ended.
+        """
+        ...
+
+    def write(self, plan: BlockCopyPlan) -> Transfer:
+        """Start copying this side's bytes (``plan.source``) into the peer's pool (``plan.target``); does not block.
+
+        done() means that the bytes are in the peer's memory. After a failure or cancel() this side reads no more of
+        its pool; what the peer's target holds is undefined, and bytes under way may still land there until the peer
+        has withdrawn the grant.
+        """
         ...
 
     def close(self) -> None:
@@ -87,9 +119,20 @@ class Transport(Protocol):
     """One way to move bytes between workers. Safe to use from several threads."""
 
     name: str
+    capabilities: Capabilities
 
     def register(self, pool: KVPool) -> PoolHandle:
-        """Make a pool readable for peers that hold the handle; LinkError when this machine cannot."""
+        """Make a pool reachable for peers that hold the handle; LinkError when this transport cannot.
+
+        Takes the place of what was registered before: transfers with an older handle fail from now on.
+        """
+        ...
+
+    def withdraw(self) -> None:
+        """Take the registration back, before its memory is freed: transfers with its handle fail from now on.
+
+        Links of this side that use the pool as their own are closed. Safe to call twice.
+        """
         ...
 
     def connect(self, peer: PoolHandle, deadline: Deadline) -> Link:
@@ -97,9 +140,9 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """Withdraw the registered pool and close every link."""
+        """Withdraw the registered pool and close every link. Safe to call twice."""
         ...
 
 
 TransportFactory = Callable[[Endpoint], Transport]
-"""Makes a transport; two-sided ones serve their sending half on the endpoint."""
+"""Makes a transport; two-sided ones serve their half on the endpoint."""

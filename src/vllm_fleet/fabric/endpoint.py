@@ -7,13 +7,17 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from vllm_fleet.core.deadline import Deadline
-from vllm_fleet.core.errors import Corrupt
+from vllm_fleet.core.errors import Corrupt, PeerGone
+from vllm_fleet.fabric.plan import Ints
 from vllm_fleet.net.channel import Channel, ChannelServer, Credentials
 from vllm_fleet.wire import fabric as wire
 from vllm_fleet.wire.names import DECODE_ERRORS
 
 Handler: TypeAlias = Callable[[Channel, wire.Question], wire.Answer | None]
 """Answers one question; None when it has sent the answer itself."""
+
+Grant: TypeAlias = Callable[[str, Ints, Ints, Ints], bool]
+"""Whether a grant covers runs: (grant, regions, offsets in bytes, lengths in bytes), arrays of shape [runs]."""
 
 ANSWER_S = 10.0
 ANSWER_SETTING = "fabric.endpoint.ANSWER_S"
@@ -23,11 +27,20 @@ class Endpoint:
     """Dispatches the questions of authenticated peers to the handlers registered with ``handle``.
 
     Handlers run in a thread per connection. A malformed frame or a handler's FleetError closes that connection only.
+    ``allow_read`` and ``allow_write`` decide which runs of a registered pool a peer may read (default: all) and write
+    (default: none); transports ask them before they touch memory on a peer's behalf.
     """
 
     def __init__(self, listener: socket.socket, credentials: Credentials) -> None:
         self.credentials = credentials
-        self._handlers: dict[type, Handler] = {wire.Ping: lambda channel, question: wire.Pong()}
+        self.allow_read: Grant = lambda grant, regions, offsets, nbytes: True
+        self.allow_write: Grant = lambda grant, regions, offsets, nbytes: False
+        self.registrations: set[str] = set()
+        """Ids of the pools registered now; OwnedPool keeps it."""
+        self._handlers: dict[type, Handler] = {
+            wire.Ping: lambda channel, question: wire.Pong(),
+            wire.Probe: self._probe,
+        }
         self._on_lost: list[Callable[[Channel], None]] = []
         self._server = ChannelServer(listener, credentials, self._serve)
 
@@ -54,6 +67,11 @@ class Endpoint:
         """Stop listening and end every connection."""
         self._server.close()
 
+    def _probe(self, channel: Channel, question: wire.Question) -> wire.Answer:
+        assert isinstance(question, wire.Probe)
+        stands = question.pool in self.registrations
+        return wire.Probed(question.pool) if stands else wire.Denied("stale_pool")
+
     def _serve(self, channel: Channel) -> None:
         try:
             while True:
@@ -76,9 +94,23 @@ class Endpoint:
 def ask(channel: Channel, question: wire.Question, deadline: Deadline) -> wire.Answer:
     """Ask a peer's endpoint; its answer. Raises PeerGone, DeadlineExceeded, or Corrupt for what is no answer."""
     channel.send(wire.encode(question), deadline)
+    return receive_answer(channel, deadline)
+
+
+def receive_answer(channel: Channel, deadline: Deadline) -> wire.Answer:
+    """The answer to the oldest question sent on a channel; errors as of ask()."""
     payload = channel.receive(deadline)
     try:
         answer: wire.Answer = wire.decode_answer(payload)
     except DECODE_ERRORS:
         raise Corrupt(f"{channel.peer} answered {len(payload)} bytes that are no answer of the fabric") from None
     return answer
+
+
+def probe(channel: Channel, pool: str, deadline: Deadline) -> None:
+    """Ask a peer whether one of its registrations stands. Raises PeerGone when it does not, errors as of ask()."""
+    answer = ask(channel, wire.Probe(pool), deadline)
+    if isinstance(answer, wire.Denied):
+        raise PeerGone(f"{channel.peer} has withdrawn that memory: {answer.reason}")
+    if answer != wire.Probed(pool):
+        raise Corrupt(f"{channel.peer} answered a probe with {type(answer).__name__}")

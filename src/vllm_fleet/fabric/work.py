@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import FleetError, PeerGone
@@ -13,14 +13,35 @@ from vllm_fleet.fabric.contract import TransferCancelledError, TransferError
 from vllm_fleet.fabric.plan import BlockCopyPlan, Ints
 
 Copy = Callable[[BlockCopyPlan, threading.Event], None]
-"""Copies a plan, looking at the event between system calls; returns early, with nothing in flight, once it is set."""
+
+
+class Copier(Protocol):
+    """What one kind of link does on its thread. Errors are FleetErrors."""
+
+    def read(self, plan: BlockCopyPlan, cancelled: threading.Event) -> None:
+        """Copy the peer's bytes into our pool, looking at the event between steps of bounded length; return early,
+        with nothing in flight, once it is set."""
+        ...
+
+    def write(self, plan: BlockCopyPlan, cancelled: threading.Event) -> None:
+        """The same from our pool into the peer's."""
+        ...
+
+    def interrupt(self) -> None:
+        """Wake read() or write() where they wait; called from other threads after the event was set."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; called once, on the link's thread, after its last copy."""
+        ...
 
 
 class WorkTransfer:
     """A Transfer that a WorkLink's thread carries out."""
 
-    def __init__(self, plan: BlockCopyPlan, interrupt: Callable[[], None]) -> None:
+    def __init__(self, copy: Copy, plan: BlockCopyPlan, interrupt: Callable[[], None]) -> None:
         self.plan = plan
+        self._copy = copy
         self.cancelled = threading.Event()
         self._lock = threading.Lock()
         self._running = False
@@ -28,13 +49,13 @@ class WorkTransfer:
         self._error: FleetError | None = None
         self._interrupt = interrupt
 
-    def run(self, copy: Copy) -> None:
+    def run(self) -> None:
         """Carry it out, on the link's thread; never raises a FleetError."""
         with self._lock:
             self._running = not self.cancelled.is_set()
         try:
             if self._running:
-                copy(self.plan, self.cancelled)
+                self._copy(self.plan, self.cancelled)
             if self.cancelled.is_set():
                 self._error = TransferCancelledError("the transfer was cancelled")
         except FleetError as error:
@@ -81,12 +102,11 @@ class WorkTransfer:
 
 
 class WorkLink:
-    """A Link with one thread that carries out transfers in order; ``copy`` does the work, ``interrupt`` wakes it."""
+    """A Link with one thread on which a Copier carries out transfers in order."""
 
-    def __init__(self, transport: str, peer: str, copy: Copy, interrupt: Callable[[], None]) -> None:
+    def __init__(self, transport: str, peer: str, copier: Copier) -> None:
         self.transport: Final = transport
-        self._copy = copy
-        self._interrupt = interrupt
+        self._copier = copier
         self._queue: queue.SimpleQueue[WorkTransfer | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: set[WorkTransfer] = set()
@@ -95,14 +115,10 @@ class WorkLink:
         self._thread.start()
 
     def read(self, plan: BlockCopyPlan) -> WorkTransfer:
-        transfer = WorkTransfer(plan, self._interrupt)
-        with self._lock:
-            if self._closed:
-                transfer.end(TransferError("the link is closed"))
-                return transfer
-            self._running.add(transfer)
-            self._queue.put(transfer)
-        return transfer
+        return self._start(self._copier.read, plan)
+
+    def write(self, plan: BlockCopyPlan) -> WorkTransfer:
+        return self._start(self._copier.write, plan)
 
     def close(self) -> None:
         with self._lock:
@@ -114,21 +130,33 @@ class WorkLink:
             self._queue.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join()
-        self._interrupt()
+
+    def _start(self, copy: Copy, plan: BlockCopyPlan) -> WorkTransfer:
+        transfer = WorkTransfer(copy, plan, self._copier.interrupt)
+        with self._lock:
+            if self._closed:
+                transfer.end(TransferError("the link is closed"))
+                return transfer
+            self._running.add(transfer)
+            self._queue.put(transfer)
+        return transfer
 
     def _work(self) -> None:
-        while (transfer := self._queue.get()) is not None:
-            try:
-                transfer.run(self._copy)
-            finally:
-                with self._lock:
-                    self._running.discard(transfer)
+        try:
+            while (transfer := self._queue.get()) is not None:
+                try:
+                    transfer.run()
+                finally:
+                    with self._lock:
+                        self._running.discard(transfer)
+        finally:
+            self._copier.close()
 
 
 def check_bounds(plan: BlockCopyPlan, source_bytes: Ints, target_bytes: Ints) -> None:
     """TransferError unless every run lies inside its source and target region; sizes are arrays of shape [regions]."""
-    if int(plan.region.max()) >= min(len(source_bytes), len(target_bytes)):
+    if int(plan.region.max()) >= min(len(source_bytes), len(target_bytes)) or int(plan.region.min()) < 0:
         raise TransferError(f"the plan names region {int(plan.region.max())}, which one side does not have")
-    for offsets, sizes, side in ((plan.source, source_bytes, "peer's"), (plan.target, target_bytes, "own")):
+    for offsets, sizes, side in ((plan.source, source_bytes, "source"), (plan.target, target_bytes, "target")):
         if bool(((offsets < 0) | (offsets + plan.nbytes > sizes[plan.region])).any()):
-            raise TransferError(f"the plan reaches outside the {side} registered memory")
+            raise TransferError(f"the plan reaches outside the registered memory of its {side}")

@@ -91,11 +91,24 @@ class Channel:
         header = first + bytes(self.receive_exactly(HEADER.size - 1, deadline))
         return bytes(self.receive_exactly(frame_length(header, bytes_max), deadline))
 
-    def close(self) -> None:
-        """Close the connection; a thread blocked in it wakes with PeerGone. Safe to call twice."""
+    def abort(self) -> None:
+        """End the connection but keep its file descriptor: a thread blocked in it wakes with PeerGone and closes it."""
         with contextlib.suppress(OSError):  # not connected any more
             self.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection; a thread blocked in it wakes with PeerGone. Safe to call twice."""
+        self.abort()
         self.socket.close()
+
+    def is_open(self) -> bool:
+        """Whether the peer has not closed the connection, as far as this side has heard; does not wait."""
+        try:
+            return self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def _arm(self, deadline: Deadline, what: str) -> None:
         deadline.check(self.peer, what)
@@ -160,7 +173,7 @@ class ChannelServer:
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self._listener.close()
         for channel in channels:
-            channel.close()
+            channel.abort()  # its own thread may be in a system call on the file descriptor, and closes it
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
 

@@ -5,7 +5,10 @@
 | Describe | Description |
 | Open(transfer) | Opened with the block ids held for it, or Denied |
 | Close(transfer) | Closed(valid): whether the blocks were held all the time since Open |
-| Read(grant, runs) | Reading(nbytes), then exactly that many raw bytes; or Denied |
+| Read(grant, runs) | Reading(nbytes), exactly that many raw bytes, then Moved; or Denied |
+| Write(grant, runs) | Writing(nbytes); the asker sends exactly that many raw bytes; then Moved. Or Denied |
+| Digest(grant, runs) | Digests, one 64-bit checksum for each run; or Denied |
+| Probe(pool) | Probed, if that registration stands; or Denied |
 | Ping | Pong |
 
 Peers name a registered region and an offset inside it, never an address.
@@ -23,6 +26,9 @@ from vllm_fleet.wire.names import Count, Id
 
 RUN_BYTES = 24
 """Encoded size of one run of a Read."""
+
+DIGEST_BYTES = 8
+"""Encoded size of one run's checksum."""
 
 BlockId = Annotated[int, Meta(ge=0, le=2**40)]
 Fact = Annotated[str, Meta(max_length=limits.ID_LEN_MAX)]
@@ -83,6 +89,46 @@ class Reading(Struct, frozen=True, tag="reading"):
     nbytes: Count
 
 
+class Write(Struct, frozen=True, tag="write"):
+    grant: Id
+    pool: Id
+    runs: Annotated[bytes, Meta(min_length=RUN_BYTES, max_length=RUN_BYTES * limits.RUNS_MAX)]
+    """As in Read, of the answering side's pool."""
+
+
+class Writing(Struct, frozen=True, tag="writing"):
+    """The owner takes this many bytes now."""
+
+    nbytes: Count
+
+
+class Moved(Struct, frozen=True, tag="moved"):
+    """All bytes were sent or taken, and the owner's registration stood all the time."""
+
+    nbytes: Count
+
+
+class Digest(Struct, frozen=True, tag="digest"):
+    grant: Id
+    pool: Id
+    runs: Annotated[bytes, Meta(min_length=RUN_BYTES, max_length=RUN_BYTES * limits.RUNS_MAX)]
+    """As in Read."""
+
+
+class Digests(Struct, frozen=True, tag="digests"):
+    sums: Annotated[bytes, Meta(max_length=DIGEST_BYTES * limits.RUNS_MAX)]
+    """Little-endian uint64, one for each run."""
+
+
+class Probe(Struct, frozen=True, tag="probe"):
+    pool: Id
+
+
+class Probed(Struct, frozen=True, tag="probed"):
+    pool: Id
+    """The registration asked for, which stands."""
+
+
 class Ping(Struct, frozen=True, tag="ping"):
     pass
 
@@ -98,8 +144,8 @@ class Denied(Struct, frozen=True, tag="denied"):
     detail: Annotated[str, Meta(max_length=limits.ID_LEN_MAX)] = ""
 
 
-Question = Describe | Open | Close | Read | Ping
-Answer = Description | Opened | Closed | Reading | Pong | Denied
+Question = Describe | Open | Close | Read | Write | Digest | Probe | Ping
+Answer = Description | Opened | Closed | Reading | Writing | Moved | Digests | Probed | Pong | Denied
 
 encode = msgspec.msgpack.Encoder().encode
 decode_question = msgspec.msgpack.Decoder(Question).decode

@@ -1,8 +1,12 @@
-"""Cross-memory attach: the reader copies straight out of the owner's memory with process_vm_readv(2).
+"""Cross-memory attach: one process copies straight out of or into another's memory: process_vm_readv(2), _writev(2).
 
 One copy, no thread or system call on the owner's side. Both processes are on one host, in one PID namespace, of one
 user; where Yama restricts ptrace (ptrace_scope 1) the owner allows its readers. The kernel checks every address in the
 owner's address space: a wrong one fails the call and nothing else.
+
+The owner keeps a nonce in its memory, another one for each registration. The other side compares it with the handle's
+before it writes and after every transfer: whoever withdrew, freed or registered again, or was replaced by another
+process of the same number, is found out although nobody there has to answer.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import errno
 import os
 import secrets
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +28,7 @@ from msgspec import Meta, Struct
 from vllm_fleet.core import limits
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import LinkError
-from vllm_fleet.fabric.contract import KVPool, TransferError
+from vllm_fleet.fabric.contract import Capabilities, KVPool, TransferError
 from vllm_fleet.fabric.endpoint import Endpoint
 from vllm_fleet.fabric.plan import BlockCopyPlan, Ints
 from vllm_fleet.fabric.work import WorkLink, check_bounds
@@ -36,15 +41,11 @@ _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.process_vm_readv.restype = ctypes.c_ssize_t
-_libc.process_vm_readv.argtypes = [
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_ulong,
-]
+for _name in ("process_vm_readv", "process_vm_writev"):
+    if hasattr(_libc, _name):
+        _call = getattr(_libc, _name)
+        _call.restype = ctypes.c_ssize_t
+        _call.argtypes = [ctypes.c_int, *[ctypes.c_void_p, ctypes.c_ulong] * 2, ctypes.c_ulong]
 
 
 class CmaDetails(Struct, frozen=True):
@@ -86,10 +87,19 @@ def read_memory(pid: int, source: Ints, target: Ints, nbytes: Ints) -> None:
     Raises:
         TransferError: the process is gone, does not allow it, or an address is not mapped there.
     """
-    local = np.stack([target, nbytes], axis=1)
-    remote = np.stack([source, nbytes], axis=1)
+    _move(_libc.process_vm_readv, pid, target, source, nbytes)
+
+
+def write_memory(pid: int, source: Ints, target: Ints, nbytes: Ints) -> None:
+    """Copy runs of this process's memory into another's; otherwise as read_memory."""
+    _move(_libc.process_vm_writev, pid, source, target, nbytes)
+
+
+def _move(call: Callable[..., int], pid: int, own: Ints, theirs: Ints, nbytes: Ints) -> None:
+    local = np.stack([own, nbytes], axis=1)
+    remote = np.stack([theirs, nbytes], axis=1)
     wanted, count = int(nbytes.sum()), len(nbytes)
-    copied = _libc.process_vm_readv(pid, local.ctypes.data, count, remote.ctypes.data, count, 0)
+    copied = call(pid, local.ctypes.data, count, remote.ctypes.data, count, 0)
     if copied == wanted:
         return
     if copied >= 0:
@@ -99,15 +109,16 @@ def read_memory(pid: int, source: Ints, target: Ints, nbytes: Ints) -> None:
         raise TransferError(f"process {pid} is gone")
     if number == errno.EPERM:
         raise TransferError(
-            f"process {pid} may not be read: another user, or ptrace is restricted (kernel.yama.ptrace_scope)"
+            f"process {pid} may not be reached: another user, or ptrace is restricted (kernel.yama.ptrace_scope)"
         )
-    raise TransferError(f"reading process {pid} failed: {os.strerror(number)}")
+    raise TransferError(f"copying to or from process {pid} failed: {os.strerror(number)}")
 
 
 class CmaTransport:
     """See the module's docstring."""
 
     name = "cma"
+    capabilities = Capabilities(cpu=True, cuda=False, one_sided=True, same_host=True)
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._pool: KVPool | None = None
@@ -116,11 +127,14 @@ class CmaTransport:
         self._lock = threading.Lock()
 
     def register(self, pool: KVPool) -> PoolHandle:
+        if pool.cuda is not None:
+            raise LinkError("cma moves CPU memory only, and the pool is in CUDA memory; use cuda_ipc")
         if not hasattr(_libc, "process_vm_readv"):
             raise LinkError("this system has no process_vm_readv")
-        self._pool = pool
+        self.withdraw()
         nonce = secrets.token_bytes(PROBE_BYTES)
-        self._nonce = np.frombuffer(bytearray(nonce), np.uint8)
+        self._nonce[:] = np.frombuffer(nonce, np.uint8)
+        self._pool = pool
         _allow_readers()
         details = CmaDetails(
             host=host_id(),
@@ -130,12 +144,20 @@ class CmaTransport:
             probe=int(self._nonce.ctypes.data),
             nonce=nonce,
         )
-        sizes = tuple(region.nbytes for region in pool.regions)
-        return PoolHandle(self.name, secrets.token_hex(16), sizes, _encode(details))
+        return PoolHandle(self.name, secrets.token_hex(16), pool.sizes, _encode(details))
+
+    def withdraw(self) -> None:
+        self._nonce[:] = 0
+        self._pool = None
+        with self._lock:
+            links, self._links = self._links, []
+        for link in links:
+            link.close()
 
     def connect(self, peer: PoolHandle, deadline: Deadline) -> WorkLink:
         deadline.check("cma", "connecting")
-        if self._pool is None:
+        pool = self._pool
+        if pool is None:
             raise LinkError("register a pool before connecting")
         try:
             details = _decode(peer.details)
@@ -147,30 +169,18 @@ class CmaTransport:
             raise LinkError("the peer is on another host or in another PID namespace")
         if process_started(details.pid) != details.started:
             raise LinkError(f"process {details.pid} is not the peer that registered: it has gone or been replaced")
-        self._probe(details)
-        copier = _Copier(self._pool, peer, details)
-        link = WorkLink(self.name, str(details.pid), copier.copy, lambda: None)
+        copier = _Copier(pool, peer, details)
+        try:
+            copier.check()
+        except (TransferError, OverflowError) as error:
+            raise LinkError(str(error)) from error
+        link = WorkLink(self.name, str(details.pid), copier)
         with self._lock:
             self._links.append(link)
         return link
 
     def close(self) -> None:
-        with self._lock:
-            links, self._links = self._links, []
-        for link in links:
-            link.close()
-        self._pool = None
-
-    @staticmethod
-    def _probe(details: CmaDetails) -> None:
-        seen = np.zeros(PROBE_BYTES, np.uint8)
-        one = np.array([PROBE_BYTES], np.int64)
-        try:
-            read_memory(details.pid, np.array([details.probe]), np.array([seen.ctypes.data]), one)
-        except (TransferError, OverflowError) as error:
-            raise LinkError(str(error)) from error
-        if seen.tobytes() != details.nonce:
-            raise LinkError(f"process {details.pid} does not hold what the peer registered")
+        self.withdraw()
 
 
 class _Copier:
@@ -178,25 +188,54 @@ class _Copier:
 
     def __init__(self, pool: KVPool, peer: PoolHandle, details: CmaDetails) -> None:
         self._pid = details.pid
-        self._started = details.started
-        self._source = np.array(details.addresses, np.int64)
-        self._target = np.array([region.address for region in pool.regions], np.int64)
-        self._source_bytes = np.array(peer.region_bytes, np.int64)
-        self._target_bytes = np.array([region.nbytes for region in pool.regions], np.int64)
+        self._theirs = np.array(details.addresses, np.int64)
+        self._own = np.array([region.address for region in pool.regions], np.int64)
+        self._their_bytes = np.array(peer.region_bytes, np.int64)
+        self._own_bytes = np.array(pool.sizes, np.int64)
+        self._probe = np.array([details.probe], np.int64)
+        self._nonce = details.nonce
+        self._seen = np.zeros(PROBE_BYTES, np.uint8)
+        self._seen_at = np.array([self._seen.ctypes.data], np.int64)
 
-    def copy(self, plan: BlockCopyPlan, cancelled: threading.Event) -> None:
+    def check(self) -> None:
+        """TransferError unless the peer's registration stands, by a read of its nonce."""
+        read_memory(self._pid, self._probe, self._seen_at, np.array([PROBE_BYTES], np.int64))
+        if self._seen.tobytes() != self._nonce:
+            raise TransferError(f"process {self._pid} does not hold what the peer registered: withdrawn or replaced")
+
+    def read(self, plan: BlockCopyPlan, cancelled: threading.Event) -> None:
         if not len(plan):
             return
-        check_bounds(plan, self._source_bytes, self._target_bytes)
+        check_bounds(plan, self._their_bytes, self._own_bytes)
         plan = plan.split(PIECE_BYTES_MAX)
-        source = self._source[plan.region] + plan.source
-        target = self._target[plan.region] + plan.target
+        source = self._theirs[plan.region] + plan.source
+        target = self._own[plan.region] + plan.target
+        self._copy(read_memory, plan, source, target, cancelled)
+
+    def write(self, plan: BlockCopyPlan, cancelled: threading.Event) -> None:
+        if not len(plan):
+            return
+        check_bounds(plan, self._own_bytes, self._their_bytes)
+        plan = plan.split(PIECE_BYTES_MAX)
+        source = self._own[plan.region] + plan.source
+        target = self._theirs[plan.region] + plan.target
+        self.check()
+        self._copy(write_memory, plan, source, target, cancelled)
+
+    def interrupt(self) -> None:
+        """Nothing to wake: a system call takes a millisecond."""
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+    def _copy(
+        self, move: Callable[..., None], plan: BlockCopyPlan, source: Ints, target: Ints, cancelled: threading.Event
+    ) -> None:
         for piece in plan.pieces(limits.IOV_MAX, PIECE_BYTES_MAX):
             if cancelled.is_set():
                 return
-            read_memory(self._pid, source[piece], target[piece], plan.nbytes[piece])
-        if process_started(self._pid) != self._started:
-            raise TransferError(f"process {self._pid} was replaced while it was read")
+            move(self._pid, source[piece], target[piece], plan.nbytes[piece])
+        self.check()
 
 
 def _allow_readers() -> None:

@@ -1,15 +1,15 @@
 """TCP: the owner sends straight from its KV memory, the reader receives straight into its own. No staging copy.
 
-A link is one authenticated connection to the owner's endpoint. The reader names runs of a registered pool; the owner
-checks that they are inside its regions and granted, and answers with exactly their bytes. Works between any two hosts.
+A link is one authenticated connection to the owner's endpoint. The asking side names runs of a registered pool; the
+owner checks that they are inside its regions and granted, and sends or takes exactly their bytes. Works between any two
+hosts.
 """
 
 from __future__ import annotations
 
-import ctypes
-import secrets
+import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from typing import Annotated
 
 import msgspec
@@ -19,11 +19,13 @@ from msgspec import Meta, Struct
 from vllm_fleet.core import limits
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import Corrupt, FleetError, LinkError
-from vllm_fleet.fabric.contract import KVPool, TransferError
-from vllm_fleet.fabric.endpoint import ANSWER_S, ANSWER_SETTING, Endpoint, ask
+from vllm_fleet.fabric.contract import Capabilities, KVPool, TransferError
+from vllm_fleet.fabric.endpoint import ANSWER_S, ANSWER_SETTING, Endpoint, ask, probe, receive_answer
+from vllm_fleet.fabric.owner import OwnedPool, encode_runs
 from vllm_fleet.fabric.plan import BlockCopyPlan, Ints
 from vllm_fleet.fabric.work import WorkLink, check_bounds
 from vllm_fleet.net.channel import Channel, Credentials, connect
+from vllm_fleet.net.scatter import receive_runs, send_runs
 from vllm_fleet.wire import fabric as wire
 from vllm_fleet.wire.fabric import PoolHandle
 from vllm_fleet.wire.names import DECODE_ERRORS, Port
@@ -31,10 +33,13 @@ from vllm_fleet.wire.names import DECODE_ERRORS, Port
 IDLE_S = 10.0
 """A transfer fails when no byte moves for this long."""
 
-PIECE_BYTES_MAX = 1 << 30
+RECONNECT_S = 2.0
+IDLE_SETTING = "fabric.transports.tcp.IDLE_S"
 
-Grant = Callable[[str, Ints, Ints, Ints], bool]
-"""Whether a grant covers runs: (grant, regions, offsets in bytes, lengths in bytes), arrays of shape [runs]."""
+PIECE_RUNS_MAX = 1024
+"""Runs of one question: 24 KiB, which fit the owner's socket buffer while it still sends what was asked before."""
+
+PIECE_BYTES_MAX = 1 << 30
 
 
 class TcpDetails(Struct, frozen=True):
@@ -48,185 +53,183 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(TcpDetails).decode
 
 
-def _view(address: int, nbytes: int) -> memoryview:
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
-
-
 class TcpTransport:
-    """See the module's docstring. ``grant`` decides which reads the owner answers (default: all)."""
+    """See the module's docstring."""
 
     name = "tcp"
+    capabilities = Capabilities(cpu=True, cuda=False, one_sided=False, same_host=False)
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self.grant: Grant = lambda grant, regions, offsets, nbytes: True
         self._endpoint = endpoint
-        self._pool: KVPool | None = None
-        self._pool_id = ""
-        self._views: list[memoryview] = []
+        self._owned = OwnedPool(endpoint)
         self._links: list[WorkLink] = []
         self._lock = threading.Lock()
-        endpoint.handle(wire.Read, self._serve)
+        endpoint.handle(wire.Read, self._serve_read)
+        endpoint.handle(wire.Write, self._serve_write)
 
     def register(self, pool: KVPool) -> PoolHandle:
-        with self._lock:
-            self._pool, self._pool_id = pool, secrets.token_hex(16)
-            self._views = [_view(region.address, region.nbytes) for region in pool.regions]
+        if pool.cuda is not None:
+            raise LinkError("tcp moves CPU memory only in this version, and the pool is in CUDA memory")
+        self._close_links()
         details = TcpDetails(self._endpoint.host, self._endpoint.port)
-        return PoolHandle(self.name, self._pool_id, tuple(r.nbytes for r in pool.regions), _encode(details))
+        return PoolHandle(self.name, self._owned.register(pool), pool.sizes, _encode(details))
+
+    def withdraw(self) -> None:
+        self._owned.withdraw()
+        self._close_links()
 
     def connect(self, peer: PoolHandle, deadline: Deadline) -> WorkLink:
-        if self._pool is None:
+        pool = self._owned.pool
+        if pool is None:
             raise LinkError("register a pool before connecting")
         try:
             details = _decode(peer.details)
         except DECODE_ERRORS as error:
             raise LinkError(f"the peer's tcp handle cannot be read: {error}") from error
-        receiver = _Receiver(details, peer, self._views, self._pool, self._endpoint.credentials)
+        copier = _Copier(details, peer, pool, self._endpoint.credentials)
         try:
-            receiver.open(deadline)
+            copier.open(deadline)
         except FleetError as error:
+            copier.close()
             raise LinkError(f"no tcp link to {details.host}:{details.port}: {error}") from error
-        link = WorkLink(self.name, f"{details.host}:{details.port}", receiver.copy, receiver.interrupt)
+        link = WorkLink(self.name, f"{details.host}:{details.port}", copier)
         with self._lock:
             self._links.append(link)
         return link
 
     def close(self) -> None:
+        self.withdraw()
+
+    def _close_links(self) -> None:
         with self._lock:
             links, self._links = self._links, []
-            self._pool, self._pool_id, self._views = None, "", []
         for link in links:
             link.close()
 
-    def _serve(self, channel: Channel, question: wire.Question) -> wire.Answer | None:
+    def _serve_read(self, channel: Channel, question: wire.Question) -> wire.Answer | None:
         assert isinstance(question, wire.Read)
-        if len(question.runs) % wire.RUN_BYTES:
-            raise Corrupt(f"{len(question.runs)} bytes are no whole number of runs")
-        runs = np.frombuffer(question.runs, "<i8").reshape(-1, 3)
-        region, offset, nbytes = runs[:, 0], runs[:, 1], runs[:, 2]
-        with self._lock:
-            views, pool_id = self._views, self._pool_id
-        if question.pool != pool_id:
-            return wire.Denied("stale_pool")
-        sizes = np.array([len(view) for view in views], np.int64)
-        inside = (region >= 0) & (region < len(sizes)) & (offset >= 0) & (nbytes > 0)
-        if not bool(inside.all()) or not bool((nbytes <= sizes[region] - offset).all()):
-            return wire.Denied("out_of_range")
-        if not self.grant(question.grant, region, offset, nbytes):
-            return wire.Denied("not_granted")
-        header = wire.encode(wire.Reading(int(nbytes.sum())))
+        runs = self._owned.check(question.pool, question.grant, question.runs)
+        if isinstance(runs, wire.Denied):
+            return runs
+        header = wire.encode(wire.Reading(runs.total_bytes))
         channel.send(header, Deadline.after(ANSWER_S, ANSWER_SETTING))
-        _send(channel, _slices(views, region, offset, nbytes))
-        return None
+        send_runs(channel.socket, runs.addresses, runs.nbytes, IDLE_S, channel.peer)
+        return self._moved(question.pool, runs.total_bytes)
+
+    def _serve_write(self, channel: Channel, question: wire.Question) -> wire.Answer | None:
+        assert isinstance(question, wire.Write)
+        runs = self._owned.check(question.pool, question.grant, question.runs, write=True)
+        if isinstance(runs, wire.Denied):
+            return runs
+        header = wire.encode(wire.Writing(runs.total_bytes))
+        channel.send(header, Deadline.after(ANSWER_S, ANSWER_SETTING))
+        receive_runs(channel.socket, runs.addresses, runs.nbytes, IDLE_S, channel.peer)
+        return self._moved(question.pool, runs.total_bytes)
+
+    def _moved(self, pool: str, nbytes: int) -> wire.Answer:
+        return wire.Moved(nbytes) if self._owned.is_current(pool) else wire.Denied("stale_pool")
 
 
-def _slices(views: list[memoryview], region: Ints, offset: Ints, nbytes: Ints) -> list[memoryview]:
-    triples = zip(region.tolist(), offset.tolist(), (offset + nbytes).tolist(), strict=True)
-    return [views[index][start:stop] for index, start, stop in triples]
+class _Copier:
+    """The asking end of one link: one connection, made again after a failure."""
 
-
-def _batches(buffers: list[memoryview]) -> Iterable[list[memoryview]]:
-    for start in range(0, len(buffers), limits.IOV_MAX):
-        yield buffers[start : start + limits.IOV_MAX]
-
-
-def _advance(batch: list[memoryview], moved: int) -> list[memoryview]:
-    """What is left of ``batch`` after its first ``moved`` bytes."""
-    for index, buffer in enumerate(batch):
-        if moved < len(buffer):
-            return [buffer[moved:], *batch[index + 1 :]]
-        moved -= len(buffer)
-    return []
-
-
-def _send(channel: Channel, buffers: list[memoryview]) -> None:
-    channel.socket.settimeout(IDLE_S)
-    for batch in _batches(buffers):
-        left = batch
-        while left:
-            try:
-                left = _advance(left, channel.socket.sendmsg(left))
-            except OSError as error:
-                raise TransferError(f"sending to {channel.peer} failed: {error}") from error
-
-
-class _Receiver:
-    """The reading end of one link: one connection, made again after a failure."""
-
-    def __init__(
-        self, details: TcpDetails, peer: PoolHandle, views: list[memoryview], pool: KVPool, credentials: Credentials
-    ) -> None:
+    def __init__(self, details: TcpDetails, peer: PoolHandle, pool: KVPool, credentials: Credentials) -> None:
         self._details = details
         self._peer = peer
-        self._views = views
+        self._pool = pool
         self._credentials = credentials
-        self._source_bytes = np.array(peer.region_bytes, np.int64)
-        self._target_bytes = np.array([region.nbytes for region in pool.regions], np.int64)
+        self._addresses = np.array([region.address for region in pool.regions], np.int64)
+        self._own_bytes = np.array(pool.sizes, np.int64)
+        self._peer_bytes = np.array(peer.region_bytes, np.int64)
         self._channel: Channel | None = None
 
     def open(self, deadline: Deadline) -> Channel:
-        """Connect and prove with a question and its answer that the peer serves this fabric."""
+        """Connect, proving the token both ways, and ask whether the peer's registration stands."""
         channel = connect(self._details.host, self._details.port, self._credentials, deadline)
         try:
-            answer = ask(channel, wire.Ping(), deadline)
-            if not isinstance(answer, wire.Pong):
-                raise Corrupt(f"{channel.peer} answered a ping with {type(answer).__name__}")
+            probe(channel, self._peer.pool, deadline)
         except BaseException:
             channel.close()
             raise
         self._channel = channel
         return channel
 
-    def interrupt(self) -> None:
-        """Wake the thread that receives; the connection is lost, since bytes may be under way."""
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.close()
-
-    def copy(self, plan: BlockCopyPlan, cancelled: threading.Event) -> None:
+    def read(self, plan: BlockCopyPlan, cancelled: threading.Event) -> None:
         if not len(plan):
             return
-        check_bounds(plan, self._source_bytes, self._target_bytes)
-        deadline = Deadline.after(IDLE_S, "fabric.transports.tcp.IDLE_S")
+        check_bounds(plan, self._peer_bytes, self._own_bytes)
+        own = self._addresses[plan.region] + plan.target
+        with self._connection(cancelled) as channel:
+            pieces = list(plan.pieces(PIECE_RUNS_MAX, PIECE_BYTES_MAX))
+            for index, piece in enumerate(pieces):
+                if index == 0:
+                    self._ask_read(channel, plan, piece)
+                if index + 1 < len(pieces):  # the owner finds the next question when it has answered this one
+                    self._ask_read(channel, plan, pieces[index + 1])
+                if cancelled.is_set():
+                    raise TransferError("the transfer was cancelled")
+                self._take(channel, plan, piece, own)
+
+    def write(self, plan: BlockCopyPlan, cancelled: threading.Event) -> None:
+        if not len(plan):
+            return
+        check_bounds(plan, self._own_bytes, self._peer_bytes)
+        own = self._addresses[plan.region] + plan.source
+        with self._connection(cancelled) as channel:
+            for piece in plan.pieces(limits.RUNS_MAX, PIECE_BYTES_MAX):
+                if cancelled.is_set():
+                    raise TransferError("the transfer was cancelled")
+                self._push(channel, plan, piece, own)
+
+    @contextlib.contextmanager
+    def _connection(self, cancelled: threading.Event) -> Iterator[Channel]:
+        """The connection, made again if it is lost; lost when a transfer ends early, since bytes may be under way."""
         channel = self._channel
         if channel is None:
-            channel = self.open(deadline)
-        if cancelled.is_set():
-            return
+            channel = self.open(_idle().capped(RECONNECT_S))
         try:
-            for piece in plan.pieces(limits.RUNS_MAX, PIECE_BYTES_MAX):
-                self._read(channel, plan, piece, cancelled)
+            yield channel
         except BaseException:
             self._channel = None
             channel.close()
             raise
 
-    def _read(self, channel: Channel, plan: BlockCopyPlan, piece: slice, cancelled: threading.Event) -> None:
-        deadline = Deadline.after(IDLE_S, "fabric.transports.tcp.IDLE_S")
-        region, nbytes = plan.region[piece], plan.nbytes[piece]
-        runs = np.ascontiguousarray(np.stack([region, plan.source[piece], nbytes], axis=1), "<i8").tobytes()
-        answer = ask(channel, wire.Read(plan.grant, self._peer.pool, runs), deadline)
-        if isinstance(answer, wire.Denied):
-            raise TransferError(f"{channel.peer} refused the read: {answer.reason} {answer.detail}".rstrip())
-        wanted = int(nbytes.sum())
-        if not isinstance(answer, wire.Reading) or answer.nbytes != wanted:
-            raise Corrupt(f"{channel.peer} announced something else than the {wanted} bytes asked for")
-        _receive(channel, _slices(self._views, region, plan.target[piece], nbytes), cancelled)
+    def _ask_read(self, channel: Channel, plan: BlockCopyPlan, piece: slice) -> None:
+        runs = encode_runs(plan.region[piece], plan.source[piece], plan.nbytes[piece])
+        channel.send(wire.encode(wire.Read(plan.grant, self._peer.pool, runs)), _idle())
+
+    def _take(self, channel: Channel, plan: BlockCopyPlan, piece: slice, own: Ints) -> None:
+        answer = receive_answer(channel, _idle())
+        wanted = int(plan.nbytes[piece].sum())
+        _expect(answer, wire.Reading(wanted), channel.peer)
+        receive_runs(channel.socket, own[piece], plan.nbytes[piece], IDLE_S, channel.peer)
+        _expect(receive_answer(channel, _idle()), wire.Moved(wanted), channel.peer)
+
+    def _push(self, channel: Channel, plan: BlockCopyPlan, piece: slice, own: Ints) -> None:
+        runs = encode_runs(plan.region[piece], plan.target[piece], plan.nbytes[piece])
+        total = int(plan.nbytes[piece].sum())
+        answer = ask(channel, wire.Write(plan.grant, self._peer.pool, runs), _idle())
+        _expect(answer, wire.Writing(total), channel.peer)
+        send_runs(channel.socket, own[piece], plan.nbytes[piece], IDLE_S, channel.peer)
+        _expect(receive_answer(channel, _idle()), wire.Moved(total), channel.peer)
+
+    def interrupt(self) -> None:
+        channel = self._channel
+        if channel is not None:
+            channel.abort()
+
+    def close(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
 
 
-def _receive(channel: Channel, buffers: list[memoryview], cancelled: threading.Event) -> None:
-    channel.socket.settimeout(IDLE_S)
-    for batch in _batches(buffers):
-        left = batch
-        while left:
-            if cancelled.is_set():
-                raise TransferError("the transfer was cancelled")
-            try:
-                moved = channel.socket.recvmsg_into(left)[0]
-            except TimeoutError as error:
-                raise TransferError(f"{channel.peer} sent nothing for {IDLE_S:.0f} s") from error
-            except OSError as error:
-                raise TransferError(f"the connection to {channel.peer} broke: {error}") from error
-            if moved == 0:
-                raise TransferError(f"{channel.peer} closed the connection in the middle of a transfer")
-            left = _advance(left, moved)
+def _idle() -> Deadline:
+    return Deadline.after(IDLE_S, IDLE_SETTING)
+
+
+def _expect(answer: wire.Answer, wanted: wire.Answer, peer: str) -> None:
+    if isinstance(answer, wire.Denied):
+        raise TransferError(f"{peer} refused the transfer: {answer.reason} {answer.detail}".rstrip())
+    if answer != wanted:
+        raise Corrupt(f"{peer} answered something else than {wanted}")
