@@ -6,6 +6,7 @@ Used from threads: the fabric's data path is system calls that release the inter
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import threading
 import time
@@ -80,8 +81,8 @@ class Channel:
 
         Once a frame has begun the rest must follow within FRAME_S: a peer cannot hold half a frame here.
         """
-        self.socket.settimeout(None)
         try:
+            self.socket.settimeout(None)  # fails, too, where another thread has closed the connection meanwhile
             first = self.socket.recv(1)
         except OSError:
             return None
@@ -110,9 +111,26 @@ class Channel:
         except OSError:
             return False
 
+    def has_arrived(self) -> bool:
+        """Whether bytes of the peer wait to be received; does not wait. PeerGone when the connection has ended."""
+        poller = select.poll()
+        try:
+            poller.register(self.socket, select.POLLIN)
+            if not poller.poll(0):
+                return False
+            first = self.socket.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError) as error:  # ValueError: closed by another thread
+            raise PeerGone(f"the connection to {self.peer} broke: {error}") from error
+        if not first:
+            raise PeerGone(f"{self.peer} closed the connection")
+        return True
+
     def _arm(self, deadline: Deadline, what: str) -> None:
         deadline.check(self.peer, what)
-        self.socket.settimeout(max(deadline.remaining(), 1e-3))
+        try:
+            self.socket.settimeout(max(deadline.remaining(), 1e-3))
+        except OSError as error:
+            raise PeerGone(f"the connection to {self.peer} is closed") from error
 
 
 def connect(host: str, port: int, credentials: Credentials, deadline: Deadline) -> Channel:

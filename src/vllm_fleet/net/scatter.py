@@ -68,7 +68,10 @@ def _move(
     peer: str,
     flags: int,
 ) -> None:
-    _block(connected, idle_s)
+    try:
+        _block(connected, idle_s)
+    except OSError as error:
+        raise PeerGone(f"the connection to {peer} is closed") from error
     vectors = np.stack([addresses, nbytes], axis=1)
     message = _Message()
     file, base, start = connected.fileno(), int(vectors.ctypes.data), 0
