@@ -3,7 +3,7 @@ EXTRA ?= cpu
 SEED ?= 7
 BIN := .venv/bin
 
-.PHONY: help setup demo test unit check format sim bench-handoff bench-cma clean
+.PHONY: help setup demo test unit check format sim bench-handoff bench-cma fuzz clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,9 @@ bench-handoff: setup  ## how long a handoff takes, beside vLLM's NixlConnector
 
 bench-cma: setup  ## process_vm_readv against shared memory, for blocks of KV
 	@$(BIN)/python -m benchmarks.cma $(ARGS)
+
+fuzz: setup  ## a million damaged inputs at everything that reads bytes from others
+	@$(BIN)/python -m benchmarks.fuzz $(ARGS)
 
 clean:  ## remove .venv and what tools left
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import facts
+from vllm_fleet.bench.machine import facts
 from vllm_fleet.core import limits
 from vllm_fleet.fabric.transports.cma import read_memory
 

@@ -30,7 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import facts
+from vllm_fleet.bench.machine import facts
 from vllm_fleet.bench.plain import CPU_ENV, plain_instance, post, scrape, total
 from vllm_fleet.bench.recall import make_prompt
 from vllm_fleet.net import sockets

@@ -25,11 +25,15 @@ for candidate in python3 python3.12 python3.11 python3.13; do
 done
 [ -n "$python" ] || fail "Python 3.11, 3.12 or 3.13 is needed and none was found; on Debian or Ubuntu run: apt-get install python3 python3-venv"
 
-# vLLM's CPU build links libnuma, and torch compiles a few small kernels when it starts.
+# vLLM's CPU build links libnuma, Mooncake libibverbs and librdmacm; torch compiles a few small kernels when it starts.
 packages=""
 command -v g++ > /dev/null || packages="$packages g++"
-ldconfig -p 2> /dev/null | grep -q 'libnuma\.so\.1' || packages="$packages libnuma1"
+for library in numa:libnuma1 ibverbs:libibverbs1 rdmacm:librdmacm1; do
+  ldconfig -p 2> /dev/null | grep -q "lib${library%%:*}\.so\.1" || packages="$packages ${library#*:}"
+done
 "$python" -c 'import ensurepip' 2> /dev/null || packages="$packages python3-venv"
+# Only tests need it, of two hosts on one machine, and these run as root only.
+{ command -v ip > /dev/null && command -v tc > /dev/null; } || [ "$(id -u)" != 0 ] || packages="$packages iproute2"
 if [ -n "$packages" ]; then
   step "Debian packages:$packages"
   if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
@@ -55,8 +59,9 @@ if [ "$extra" = cpu ]; then
     || fail "pip could not install $torch, neither from its own indexes nor from download.pytorch.org: $(last_words)"
 fi
 
-step "vllm-fleet with [$extra,dev], vLLM included"
-quietly pip install -e ".[$extra,dev]" || fail "pip could not install vllm-fleet[$extra,dev]: $(last_words)"
+extras=$extra,dev,nixl,mooncake
+step "vllm-fleet with [$extras], vLLM included"
+quietly pip install -e ".[$extras]" || fail "pip could not install vllm-fleet[$extras]: $(last_words)"
 
 if [ "$extra" = cpu ]; then
   # PyPI builds these for CUDA torch. vLLM's CPU build requires them but runs without; broken ones break transformers.

@@ -129,7 +129,8 @@ def test_only_both_means_no_prefill_and_no_decode(tmp_path: Path) -> None:
         ),
         (
             "model: m\nfabric: {transports: [smoke]}\n",
-            "fabric.transports.0 in fleet.yaml: expected one of 'cma' or 'tcp', found the text 'smoke'",
+            "fabric.transports.0 in fleet.yaml: expected one of 'auto', 'cma', 'cuda_ipc', 'mooncake', 'nccl', 'nixl' "
+            "or 'tcp', found the text 'smoke'",
         ),
         (
             "model: m\nhandoff: {load_s: .inf}\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -15,13 +16,20 @@ def table() -> PinTable:
     return pins
 
 
+def covers(pins: PinTable, *ranges: tuple[int, int]) -> bool:
+    first, last = np.array(ranges, np.int64).T
+    return pins.covers("t", first, last)
+
+
 def test_open_read_close() -> None:
     pins = table()
     pin = pins.open("t", "decode", now=1.0)
     assert pin is not None
     assert pin.blocks == (3, 4)
-    assert pins.covers("t", {3})
-    assert not pins.covers("t", {3, 5})
+    assert covers(pins, (3, 3))
+    assert covers(pins, (3, 4), (4, 4))
+    assert not covers(pins, (3, 3), (3, 5))
+    assert not covers(pins, (2, 4))
     assert pins.close("t", "decode", now=2.0)
     assert pins.ended == ["request"]
 
@@ -37,7 +45,7 @@ def test_a_transfer_is_single_use() -> None:
 
 def test_nobody_else_can_open_close_or_read_an_open_transfer() -> None:
     pins = table()
-    assert not pins.covers("t", {3})
+    assert not covers(pins, (3, 3))
     assert pins.open("t", "decode", now=1.0) is not None
     assert pins.open("t", "other", now=1.0) is None
     assert not pins.close("t", "other", now=1.0)

@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="What a fleet is configured to be.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
+bench_app = typer.Typer(help="How fast this machine moves KV.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
 
 ConfigFlag = Annotated[
     Path | None,
@@ -127,6 +129,40 @@ def explain(
 
     given = flags.collect(model, prefill, decode, both, vllm_arg, env, name, router_port, host, transport)
     command.run(config, given, as_json=json)
+
+
+@bench_app.command(
+    epilog="Example: vllm-fleet bench fabric --transport cma,tcp --against nixl,mooncake --sizes 32MiB,1GiB"
+)
+def fabric(
+    transport: Annotated[str, typer.Option(help="Transports to run, with commas; ones that cannot run say why.")] = (
+        "cma,tcp"
+    ),
+    against: Annotated[str, typer.Option(help="Libraries used directly: nixl, nixl-tcp, mooncake.")] = "",
+    sizes: Annotated[str, typer.Option(help="Sizes of one transfer.")] = "32MiB,128MiB,512MiB,1GiB,4GiB",
+    rounds: Annotated[int, typer.Option(min=3, max=1000, help="Rounds of each size, all interleaved.")] = 30,
+    checksums: Annotated[str, typer.Option(help="Run each transport with checksums too: sampled, full.")] = "",
+    cuda: Annotated[
+        str | None, typer.Option(metavar="A,B", help="GPU memory: copy to GPU A of this process from B of the other.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write all figures as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture (PNG).")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Ways to move scattered blocks between two processes, side by side: speed, ceiling, CPU time."""
+    from vllm_fleet.cli import bench as command
+
+    command.bench_fabric(
+        transports=transport,
+        against=against,
+        sizes=sizes,
+        rounds=rounds,
+        checksums=checksums,
+        cuda=cuda,
+        json_file=json_file,
+        plot_file=plot,
+        as_json=json,
+    )
 
 
 @app.command()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
 from vllm_fleet.core.errors import ConfigError
-from vllm_fleet.wire.names import Name, Role, Url
+from vllm_fleet.wire.names import ChecksumMode, Name, Role, TransportName, Url
 
 TOKEN_BYTES_MIN = 32
 
@@ -30,7 +30,8 @@ class ConnectorSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Where this instance answers HTTP; None: it does not register with a controller."""
     controller: Url | None = None
     host: str = "127.0.0.1"
-    transports: tuple[Literal["cma", "tcp"], ...] = ("cma", "tcp")
+    transports: tuple[TransportName, ...] = ("auto",)
+    checksums: ChecksumMode = "sampled"
     lease_s: Seconds = 30.0
     hold_s: Seconds = 120.0
     load_s: Seconds = 10.0

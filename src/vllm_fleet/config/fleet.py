@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_fleet.core import limits
-
-TransportName = Literal["cma", "tcp"]
+from vllm_fleet.wire.names import ChecksumMode, TransportName
 
 
 class Part(BaseModel):
@@ -49,7 +48,12 @@ class FabricConfig(Part):
 
     host: str = Field("127.0.0.1", description="address workers listen on for each other; a wildcard is refused")
     transports: tuple[TransportName, ...] = Field(
-        ("cma", "tcp"), min_length=1, description="transports allowed, best first; the first that probes well is used"
+        ("auto",),
+        min_length=1,
+        description="transports allowed, best first; the first that probes well is used; auto: all that fit",
+    )
+    checksums: ChecksumMode = Field(
+        "sampled", description="which KV that arrives is compared with its owner's: off, sampled or full"
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
+
 from vllm_fleet.connector.jobs import HoldJob
 from vllm_fleet.connector.pins import PinTable
 from vllm_fleet.core import log
@@ -77,12 +79,9 @@ class Holder:
         pool = self._pool
         if pool is None:
             return False
-        blocks: set[int] = set()
-        for region, offset, size in zip(regions.tolist(), offsets.tolist(), nbytes.tolist(), strict=True):
-            stride = pool.regions[region].block_stride
-            blocks.update(range(offset // stride, (offset + size - 1) // stride + 1))
+        strides = np.array([region.block_stride for region in pool.regions], np.int64)[regions]
         with self._changed:
-            return self._table.covers(grant, blocks)
+            return self._table.covers(grant, offsets // strides, (offsets + nbytes - 1) // strides)
 
     def _open(self, channel: Channel, question: wire.Question) -> wire.Answer:
         assert isinstance(question, wire.Open)

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from vllm_fleet.core import limits
+from vllm_fleet.fabric.plan import Ints
 
 
 @dataclass
@@ -73,10 +76,14 @@ class PinTable:
         self.expired += len(late)
         return late
 
-    def covers(self, transfer: str, blocks: set[int]) -> bool:
-        """Whether an open pin holds all of these blocks."""
+    def covers(self, transfer: str, first: Ints, last: Ints) -> bool:
+        """Whether an open pin holds all blocks from ``first[i]`` to ``last[i]``, for every i."""
         pin = self.pins.get(transfer)
-        return pin is not None and pin.opener is not None and blocks <= set(pin.blocks)
+        if pin is None or pin.opener is None:
+            return False
+        held = np.unique(np.array(pin.blocks, np.int64))
+        inside = np.searchsorted(held, last, side="right") - np.searchsorted(held, first, side="left")
+        return bool((inside == last - first + 1).all())
 
     def _end(self, transfer: str) -> None:
         self.ended.append(self.pins.pop(transfer).request)

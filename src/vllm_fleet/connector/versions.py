@@ -36,8 +36,10 @@ def request_adapter(request: Request) -> str | None:
 def cpu_block_packing(config: VllmConfig, head_size: int) -> str:
     """How the CPU backend packs K and V inside a block: depends on the processor, and must be equal on both sides.
 
-    v1/attention/backends/cpu_attn.py (_get_attn_isa); empty where there is no CPU backend.
+    v1/attention/backends/cpu_attn.py (_get_attn_isa); empty on other devices.
     """
+    if config.device_config.device_type != "cpu":
+        return ""
     try:
         from vllm.v1.attention.backends import cpu_attn
     except ImportError:

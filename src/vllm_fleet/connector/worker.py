@@ -11,14 +11,15 @@ import torch
 from vllm_fleet.config.connector import ConnectorSettings
 from vllm_fleet.connector.holder import Holder
 from vllm_fleet.connector.jobs import LoadJob
-from vllm_fleet.connector.loader import Ended, Loader, PeerLoad, Self
+from vllm_fleet.connector.loader import Loader
 from vllm_fleet.connector.meta import StepMetadata, WorkerHandshake
+from vllm_fleet.connector.peer import Ended, PeerLoad, Self
 from vllm_fleet.connector.stats import FleetStats
 from vllm_fleet.core.errors import BadRequest, ConfigError
-from vllm_fleet.fabric import transports
+from vllm_fleet.fabric import integrity
 from vllm_fleet.fabric.contract import KVPool, Region, Transport
 from vllm_fleet.fabric.endpoint import Endpoint
-from vllm_fleet.fabric.plan import BlockShape
+from vllm_fleet.fabric.select import LinkSelector, register_all
 from vllm_fleet.net import sockets
 from vllm_fleet.net.channel import Channel, Credentials
 from vllm_fleet.wire import fabric as wire
@@ -34,15 +35,13 @@ class WorkerSide:
         self, settings: ConnectorSettings, credentials: Credentials, *, engine: str, rank: int, ranks: int
     ) -> None:
         self._engine, self._rank, self._ranks = engine, rank, ranks
-        self._load_s = settings.load_s
         self._changed = threading.Condition()
         listener = sockets.listen(settings.host, 0, setting="fabric.host")
         self._endpoint = Endpoint(listener, credentials)
         self._holder = Holder(self._endpoint, self._changed, lease_s=settings.lease_s, hold_s=settings.hold_s)
         self._endpoint.allow_read = self._holder.grants
         self._transports: dict[str, Transport] = {}
-        for name in settings.transports:
-            self._transports[name] = transports.load(name)(self._endpoint)
+        self._settings = settings
         self._credentials = credentials
         self._loader: Loader | None = None
         self._invalid: set[int] = set()
@@ -57,8 +56,8 @@ class WorkerSide:
         Raises:
             ConfigError: the memory is of a kind no transport here can move.
         """
-        regions = cache_regions(caches, blocks)
-        pool = KVPool(regions, owner=list(caches.values()))
+        pool = cache_pool(caches, blocks)
+        regions = pool.regions
         layout = {
             **layout,
             "regions": str(len(regions)),
@@ -66,11 +65,12 @@ class WorkerSide:
             "block_stride": ",".join(sorted({str(region.block_stride) for region in regions})),
         }
         self._holder.use_pool(pool)
-        handles = tuple(transport.register(pool) for transport in self._transports.values())
+        integrity.serve(self._endpoint)
+        self._transports, handles = register_all(self._settings.transports, self._endpoint, pool)
         description = wire.Description(self._engine, self._rank, self._ranks, layout, handles)
-        shapes = tuple(BlockShape(r.block_bytes, r.block_stride, r.blocks) for r in regions)
-        own = Self(self._credentials, self._transports, shapes, layout)
-        self._loader = Loader(own, self._changed, load_s=self._load_s)
+        selector = LinkSelector(self._transports)
+        own = Self(self._credentials, selector, pool, layout, self._settings.checksums)
+        self._loader = Loader(own, self._changed, load_s=self._settings.load_s)
 
         def describe(channel: Channel, question: wire.Question) -> wire.Answer:
             return description
@@ -161,21 +161,21 @@ class WorkerSide:
                 self._changed.wait(IDLE_WAIT_S)
 
 
-def cache_regions(caches: Mapping[str, torch.Tensor], blocks: int) -> tuple[Region, ...]:
+def cache_pool(caches: Mapping[str, torch.Tensor], blocks: int) -> KVPool:
     """One region per distinct KV tensor, in the order of layers.
 
     Shapes are [blocks, ...] in vLLM 0.26 and 0.32 (v1/kv_cache_interface.py); memory order differs, so strides decide.
 
     Raises:
-        ConfigError: not in CPU memory.
+        ConfigError: in memory of a kind that no transport moves.
         BadRequest: a block's bytes are not contiguous, or a backend split the blocks.
     """
     regions: dict[int, Region] = {}
+    devices = {cache.device for cache in caches.values()}
+    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        raise ConfigError(f"the KV cache is on {sorted(map(str, devices))}; it can be moved in CPU or one GPU's memory")
+    device = next(iter(devices))
     for name, cache in caches.items():
-        if cache.device.type != "cpu":
-            raise ConfigError(
-                f"fabric.transports: the KV cache is on {cache.device}; this version moves KV in CPU memory only"
-            )
         if cache.shape[0] != blocks:
             raise BadRequest(f"layer {name} has {cache.shape[0]} kernel blocks for {blocks} blocks; not supported")
         item = cache.element_size()
@@ -186,4 +186,7 @@ def cache_regions(caches: Mapping[str, torch.Tensor], blocks: int) -> tuple[Regi
         stride = cache.stride(0) * item
         nbytes = (blocks - 1) * stride + block_bytes
         regions.setdefault(cache.data_ptr(), Region(cache.data_ptr(), nbytes, block_bytes, stride, blocks))
-    return tuple(regions.values())
+    cuda = (
+        (device.index if device.index is not None else torch.cuda.current_device()) if device.type == "cuda" else None
+    )
+    return KVPool(tuple(regions.values()), owner=list(caches.values()), cuda=cuda)

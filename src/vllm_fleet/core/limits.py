@@ -17,6 +17,13 @@ PREAUTH_CONNECTIONS_MAX = 64  # connections that have not authenticated yet; one
 REGIONS_MAX = 4096  # regions of one pool: layers x (K, V)
 BLOCKS_MAX = 1 << 17  # blocks named by one message
 RUNS_MAX = 1 << 16  # copy runs named by one message; longer plans are sent in several
+NCCL_ID_BYTES = 128  # an NCCL unique id (NCCL_UNIQUE_ID_BYTES)
+NCCL_LANES_MAX = 4  # communicators of one link
+NCCL_ID_BYTES_MAX = NCCL_LANES_MAX * NCCL_ID_BYTES  # one id for each
+NCCL_STAGING_BYTES_MAX = 63 << 20  # device memory for staging per link and side: under 64 MiB
+NCCL_PING_BYTES_MAX = 256  # pattern that proves a communicator
+NCCL_CTAS_MAX = 32  # what NCCL takes at most for the setting maxCTAs
+NCCL_SESSIONS_MAX = 64  # communicators a worker holds for peers that asked; one more is refused
 IOV_MAX = 1024  # segments per readv/sendmsg call (Linux UIO_MAXIOV)
 
 # Connector ---------------------------------------------------------------------------------------------------------

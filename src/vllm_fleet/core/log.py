@@ -15,6 +15,7 @@ from pathlib import Path
 EVENTS: dict[str, str] = {
     "accept.failed": "a worker could not accept a connection; it goes on listening",
     "auth.refused": "a connection did not prove the fleet's token; it was closed",
+    "checksum.wrong": "bytes of a transfer are not what the owner holds; they are not used",
     "child.exit": "a child process ended",
     "child.gone": "an instance ended; the fleet goes on without it",
     "child.restart": "the controller or the router ended; it is started again",
@@ -43,6 +44,7 @@ EVENTS: dict[str, str] = {
     "router.bug": "the router failed on a request; please report it",
     "router.start": "the router listens",
     "router.stop": "the router stops: no new requests, running ones get a short time to end",
+    "transport.skipped": "a transport cannot be used on this machine; the others are",
     "upstream.failed": "an instance did not answer a request",
     "watcher.slow": "a watcher did not keep up with the changes; it was cut off and may resume",
 }

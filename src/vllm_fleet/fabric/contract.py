@@ -33,6 +33,8 @@ class Capabilities:
     """A read needs no help from the owner's process while it runs: the owner may be stopped."""
     same_host: bool
     """Reaches peers on this host only."""
+    sms: int = 0
+    """Streaming multiprocessors of a GPU that one transfer occupies at most."""
 
 
 @dataclass(frozen=True)

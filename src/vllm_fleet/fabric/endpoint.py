@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import Corrupt, PeerGone
@@ -12,6 +12,9 @@ from vllm_fleet.fabric.plan import Ints
 from vllm_fleet.net.channel import Channel, ChannelServer, Credentials
 from vllm_fleet.wire import fabric as wire
 from vllm_fleet.wire.names import DECODE_ERRORS
+
+if TYPE_CHECKING:
+    from vllm_fleet.fabric.contract import KVPool
 
 Handler: TypeAlias = Callable[[Channel, wire.Question], wire.Answer | None]
 """Answers one question; None when it has sent the answer itself."""
@@ -35,8 +38,8 @@ class Endpoint:
         self.credentials = credentials
         self.allow_read: Grant = lambda grant, regions, offsets, nbytes: True
         self.allow_write: Grant = lambda grant, regions, offsets, nbytes: False
-        self.registrations: set[str] = set()
-        """Ids of the pools registered now; OwnedPool keeps it."""
+        self.registrations: dict[str, KVPool] = {}
+        """The pools registered now, by the id of their registration; OwnedPool keeps it."""
         self._handlers: dict[type, Handler] = {
             wire.Ping: lambda channel, question: wire.Pong(),
             wire.Probe: self._probe,

@@ -40,61 +40,68 @@ class Runs:
 
 
 class OwnedPool:
-    """One registration at a time. Safe to use from several threads."""
+    """One transport's registration: one pool at a time. Safe to use from several threads."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._lock = threading.Lock()
-        self._pool: KVPool | None = None
         self._id = ""
 
     def register(self, pool: KVPool) -> str:
-        """Serve this pool from now on; the id of the registration."""
+        """Serve this pool from now on, in place of the one before; the id of the registration."""
         with self._lock:
-            self._endpoint.registrations.discard(self._id)
-            self._pool, self._id = pool, secrets.token_hex(16)
-            self._endpoint.registrations.add(self._id)
+            self._endpoint.registrations.pop(self._id, None)
+            self._id = secrets.token_hex(16)
+            self._endpoint.registrations[self._id] = pool
             return self._id
 
     def withdraw(self) -> None:
         """Serve nothing from now on."""
         with self._lock:
-            self._endpoint.registrations.discard(self._id)
-            self._pool, self._id = None, ""
+            self._endpoint.registrations.pop(self._id, None)
+            self._id = ""
 
     @property
     def pool(self) -> KVPool | None:
         """What is registered now."""
         with self._lock:
-            return self._pool
+            return self._endpoint.registrations.get(self._id)
 
     def is_current(self, pool_id: str) -> bool:
         """Whether this registration still stands: checked before and after memory is used."""
         with self._lock:
-            return self._pool is not None and self._id == pool_id
+            return bool(self._id) and self._id == pool_id
 
     def check(self, pool_id: str, grant: str, encoded: bytes, *, write: bool = False) -> Runs | wire.Denied:
-        """The runs a peer names, if the registration stands, they are inside its regions and the grant covers them.
-
-        Raises:
-            Corrupt: ``encoded`` is no whole number of runs.
-        """
-        if len(encoded) % wire.RUN_BYTES:
-            raise Corrupt(f"{len(encoded)} bytes are no whole number of runs")
-        runs = np.frombuffer(encoded, "<i8").reshape(-1, 3)
-        region, offset, nbytes = runs[:, 0], runs[:, 1], runs[:, 2]
-        with self._lock:
-            pool, current = self._pool, self._id
-        if pool is None or pool_id != current:
+        """As check_runs(), for this transport's own registration only."""
+        if not self.is_current(pool_id):
             return wire.Denied("stale_pool")
-        sizes = np.array(pool.sizes, np.int64)
-        inside = (region >= 0) & (region < len(sizes)) & (offset >= 0) & (nbytes > 0)
-        if not bool(inside.all()) or not bool((nbytes <= sizes[region] - offset).all()):
-            return wire.Denied("out_of_range")
-        allowed = self._endpoint.allow_write if write else self._endpoint.allow_read
-        if not allowed(grant, region, offset, nbytes):
-            return wire.Denied("not_granted")
-        return Runs(pool, region, offset, nbytes)
+        return check_runs(self._endpoint, pool_id, grant, encoded, write=write)
+
+
+def check_runs(
+    endpoint: Endpoint, pool_id: str, grant: str, encoded: bytes, *, write: bool = False
+) -> Runs | wire.Denied:
+    """The runs a peer names, if the registration stands, they are inside its regions and the grant covers them.
+
+    Raises:
+        Corrupt: ``encoded`` is no whole number of runs.
+    """
+    if len(encoded) % wire.RUN_BYTES:
+        raise Corrupt(f"{len(encoded)} bytes are no whole number of runs")
+    runs = np.frombuffer(encoded, "<i8").reshape(-1, 3)
+    region, offset, nbytes = runs[:, 0], runs[:, 1], runs[:, 2]
+    pool = endpoint.registrations.get(pool_id)
+    if pool is None:
+        return wire.Denied("stale_pool")
+    sizes = np.array(pool.sizes, np.int64)
+    inside = (region >= 0) & (region < len(sizes)) & (offset >= 0) & (nbytes > 0)
+    if not bool(inside.all()) or not bool((nbytes <= sizes[region] - offset).all()):
+        return wire.Denied("out_of_range")
+    allowed = endpoint.allow_write if write else endpoint.allow_read
+    if not allowed(grant, region, offset, nbytes):
+        return wire.Denied("not_granted")
+    return Runs(pool, region, offset, nbytes)
 
 
 def encode_runs(region: Ints, offset: Ints, nbytes: Ints) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Protocol
 
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import FleetError, PeerGone
@@ -28,7 +28,10 @@ class Copier(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """Wake read() or write() where they wait; called from other threads after the event was set."""
+        """Wake read() or write() where they wait; called from other threads after the event was set.
+
+        The copy may be over but for its return: what was interrupted must be found out, or work, when the next begins.
+        """
         ...
 
     def close(self) -> None:
@@ -56,12 +59,8 @@ class WorkTransfer:
         try:
             if self._running:
                 self._copy(self.plan, self.cancelled)
-            if self.cancelled.is_set():
-                self._error = TransferCancelledError("the transfer was cancelled")
         except FleetError as error:
-            if self.cancelled.is_set():
-                self._error = TransferCancelledError("the transfer was cancelled")
-            elif isinstance(error, PeerGone) and not isinstance(error, TransferError):
+            if isinstance(error, PeerGone) and not isinstance(error, TransferError):
                 self._error = TransferError(str(error))
             else:
                 self._error = error
@@ -69,7 +68,11 @@ class WorkTransfer:
             self._error = TransferError(f"the transfer broke: {type(error).__name__}: {error}")
             raise
         finally:
-            self._ended.set()
+            with self._lock:  # a cancel() that comes later neither interrupts nor changes the outcome
+                self._running = False
+                if self.cancelled.is_set():
+                    self._error = TransferCancelledError("the transfer was cancelled")
+                self._ended.set()
 
     def end(self, error: FleetError) -> None:
         """End it without running it."""
@@ -92,12 +95,21 @@ class WorkTransfer:
                 raise deadline.error("the transfer", "copying")
         self.done()
 
+    def mark(self) -> None:
+        """Cancel without waiting: it ends at its next look at the event, or does not begin."""
+        with self._lock:
+            if not self._ended.is_set():
+                self.cancelled.set()
+
     def cancel(self) -> None:
         with self._lock:
+            if self._ended.is_set():
+                return
             self.cancelled.set()
             running = self._running
-        if running and not self._ended.is_set():
-            self._interrupt()
+            if running:  # under the lock: an interrupt never hits the transfer after this one
+                self._interrupt()
+        if running:
             self._ended.wait()  # bounded: every copy looks at the event between calls of bounded size
 
 
@@ -105,7 +117,7 @@ class WorkLink:
     """A Link with one thread on which a Copier carries out transfers in order."""
 
     def __init__(self, transport: str, peer: str, copier: Copier) -> None:
-        self.transport: Final = transport
+        self.transport = transport
         self._copier = copier
         self._queue: queue.SimpleQueue[WorkTransfer | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -124,6 +136,8 @@ class WorkLink:
         with self._lock:
             already, self._closed = self._closed, True
             running = list(self._running)
+        for transfer in running:
+            transfer.mark()  # all before the first is interrupted: none of them begins any more
         for transfer in running:
             transfer.cancel()
         if not already:
@@ -155,8 +169,11 @@ class WorkLink:
 
 def check_bounds(plan: BlockCopyPlan, source_bytes: Ints, target_bytes: Ints) -> None:
     """TransferError unless every run lies inside its source and target region; sizes are arrays of shape [regions]."""
+    if int(plan.nbytes.min()) <= 0:
+        raise TransferError(f"the plan has a run of {int(plan.nbytes.min())} bytes: none may be empty or negative")
     if int(plan.region.max()) >= min(len(source_bytes), len(target_bytes)) or int(plan.region.min()) < 0:
         raise TransferError(f"the plan names region {int(plan.region.max())}, which one side does not have")
     for offsets, sizes, side in ((plan.source, source_bytes, "source"), (plan.target, target_bytes, "target")):
-        if bool(((offsets < 0) | (offsets + plan.nbytes > sizes[plan.region])).any()):
+        # Never offset + length, which wraps around for lengths near 2**63.
+        if bool(((offsets < 0) | (plan.nbytes > sizes[plan.region] - offsets)).any()):
             raise TransferError(f"the plan reaches outside the registered memory of its {side}")

@@ -145,6 +145,7 @@ def _instance(
         controller=url(config.controller.host, ports["controller"]),
         host=config.fabric.host,
         transports=config.fabric.transports,
+        checksums=config.fabric.checksums,
         lease_s=config.handoff.lease_s,
         hold_s=config.handoff.hold_s,
         load_s=config.handoff.load_s,

@@ -8,6 +8,15 @@
 | Read(grant, runs) | Reading(nbytes), exactly that many raw bytes, then Moved; or Denied |
 | Write(grant, runs) | Writing(nbytes); the asker sends exactly that many raw bytes; then Moved. Or Denied |
 | Digest(grant, runs) | Digests, one 64-bit checksum for each run; or Denied |
+| NcclJoin(pair, epoch, unique id) | NcclJoined on agreeing, again when in the communicator; or Denied |
+| NcclPing(pattern) | Reading(nbytes), the pattern through NCCL both ways, then Moved; or Denied |
+| NcclRead(grant, runs, more) | Reading(nbytes), the bytes through NCCL; after the last one Moved. Or Denied |
+| NcclWrite(grant, runs, more) | Writing(nbytes); the asker sends through NCCL; after the last one Moved. Or Denied |
+| NixlCheck, MooncakeCheck(grant, runs) | Probed, if the asker may move these runs by itself; or Denied |
+| NixlJoin(handle) | Probed, when the owner has written its nonce into the asker's memory; or Denied |
+| NixlPush(grant, runs, targets) | Moved, when the owner has written the runs into the asker's pool; or Denied |
+| Map(pool) | Mapped: the asker maps that registration until one side closes the connection; or Denied |
+| Permit(grant, runs) | Permitted: the asker may write the runs of a registration that it maps; or Denied |
 | Probe(pool) | Probed, if that registration stands; or Denied |
 | Ping | Pong |
 
@@ -113,11 +122,102 @@ class Digest(Struct, frozen=True, tag="digest"):
     pool: Id
     runs: Annotated[bytes, Meta(min_length=RUN_BYTES, max_length=RUN_BYTES * limits.RUNS_MAX)]
     """As in Read."""
+    algorithm: Annotated[str, Meta(max_length=limits.NAME_LEN_MAX)] = "xxh3"
 
 
 class Digests(Struct, frozen=True, tag="digests"):
     sums: Annotated[bytes, Meta(max_length=DIGEST_BYTES * limits.RUNS_MAX)]
     """Little-endian uint64, one for each run."""
+
+
+class NcclJoin(Struct, frozen=True, tag="nccl_join"):
+    """Let us meet in a communicator of two: the asker is rank 0, the owner rank 1."""
+
+    pair: Id
+    """Random id of the asker's link."""
+    epoch: Annotated[int, Meta(ge=1, le=2**40)]
+    """Counts the communicators of this pair: a later one ends the earlier."""
+    pool: Id
+    unique_id: Annotated[bytes, Meta(min_length=1, max_length=limits.NCCL_ID_BYTES_MAX)]
+    chunk_bytes: Annotated[int, Meta(ge=1, le=limits.NCCL_STAGING_BYTES_MAX)]
+    """Transfers are cut into messages of this size."""
+    ctas: Annotated[int, Meta(ge=1, le=limits.NCCL_CTAS_MAX)]
+    """Most blocks of threads of NCCL's kernel; NCCL needs the same number on both sides."""
+
+
+class NcclJoined(Struct, frozen=True, tag="nccl_joined"):
+    epoch: Count
+
+
+class NcclPing(Struct, frozen=True, tag="nccl_ping"):
+    pattern: Annotated[bytes, Meta(min_length=1, max_length=limits.NCCL_PING_BYTES_MAX)]
+
+
+class NcclRead(Struct, frozen=True, tag="nccl_read"):
+    grant: Id
+    pool: Id
+    runs: Annotated[bytes, Meta(min_length=RUN_BYTES, max_length=RUN_BYTES * limits.RUNS_MAX)]
+    """As in Read."""
+    more: bool
+    """Whether another question of the same transfer follows."""
+
+
+class NcclWrite(Struct, frozen=True, tag="nccl_write"):
+    grant: Id
+    pool: Id
+    runs: Annotated[bytes, Meta(min_length=RUN_BYTES, max_length=RUN_BYTES * limits.RUNS_MAX)]
+    """As in Read, of the answering side's pool."""
+    more: bool
+
+
+class NixlCheck(Struct, frozen=True, tag="nixl_check"):
+    """May I move these runs? Asked before a library moves them without the owner's help."""
+
+    grant: Id
+    pool: Id
+    write: bool
+    runs: Annotated[bytes, Meta(min_length=RUN_BYTES, max_length=RUN_BYTES * limits.RUNS_MAX)]
+    """As in Read, of the answering side's pool."""
+
+
+class MooncakeCheck(NixlCheck, frozen=True, tag="mooncake_check"):
+    pass
+
+
+class NixlJoin(Struct, frozen=True, tag="nixl_join"):
+    """Here is where you shall write to; takes the place of what this connection joined with before."""
+
+    pool: Id
+    handle: PoolHandle
+    """The asker's own pool."""
+
+
+class NixlPush(Struct, frozen=True, tag="nixl_push"):
+    grant: Id
+    pool: Id
+    runs: Annotated[bytes, Meta(min_length=RUN_BYTES, max_length=RUN_BYTES * limits.RUNS_MAX)]
+    """As in Read."""
+    targets: Annotated[bytes, Meta(min_length=8, max_length=8 * limits.RUNS_MAX)]
+    """Little-endian int64, one for each run: the offset in the same region of the asker's pool."""
+
+
+class Map(Struct, frozen=True, tag="map"):
+    pool: Id
+
+
+class Mapped(Struct, frozen=True, tag="mapped"):
+    pool: Id
+
+
+class Permit(Struct, frozen=True, tag="permit"):
+    grant: Id
+    pool: Id
+    runs: Annotated[bytes, Meta(min_length=RUN_BYTES, max_length=RUN_BYTES * limits.RUNS_MAX)]
+    """As in Read, of the answering side's pool."""
+
+
+class Permitted(Struct, frozen=True, tag="permitted"):
+    nbytes: Count
 
 
 class Probe(Struct, frozen=True, tag="probe"):
@@ -144,8 +244,41 @@ class Denied(Struct, frozen=True, tag="denied"):
     detail: Annotated[str, Meta(max_length=limits.ID_LEN_MAX)] = ""
 
 
-Question = Describe | Open | Close | Read | Write | Digest | Probe | Ping
-Answer = Description | Opened | Closed | Reading | Writing | Moved | Digests | Probed | Pong | Denied
+Question = (
+    NixlCheck
+    | MooncakeCheck
+    | NixlJoin
+    | NixlPush
+    | Describe
+    | Open
+    | Close
+    | Read
+    | Write
+    | Digest
+    | NcclJoin
+    | NcclPing
+    | NcclRead
+    | NcclWrite
+    | Map
+    | Permit
+    | Probe
+    | Ping
+)
+Answer = (
+    Description
+    | Opened
+    | Closed
+    | Reading
+    | Writing
+    | Moved
+    | Digests
+    | NcclJoined
+    | Mapped
+    | Permitted
+    | Probed
+    | Pong
+    | Denied
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_question = msgspec.msgpack.Decoder(Question).decode

@@ -17,3 +17,6 @@ Id = Annotated[str, Meta(min_length=1, max_length=limits.ID_LEN_MAX)]
 Url = Annotated[str, Meta(min_length=1, max_length=limits.URL_LEN_MAX, pattern=r"^https?://[^\s/?#]+\Z")]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+TransportName = Literal["auto", "cma", "cuda_ipc", "mooncake", "nccl", "nixl", "tcp"]
+ChecksumMode = Literal["off", "sampled", "full"]

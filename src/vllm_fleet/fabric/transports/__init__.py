@@ -1,4 +1,7 @@
-"""The transports by name: strings until used, so that a missing library is met only by those who ask for it."""
+"""The transports by name: strings until used, so that a missing library is met only by those who ask for it.
+
+Around any of them: ``faulty(load(name), script)`` of fabric/transports/faulty.py, for tests.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,11 @@ from vllm_fleet.fabric.contract import TransportFactory
 
 TRANSPORTS = {
     "cma": "vllm_fleet.fabric.transports.cma:CmaTransport",
+    "cuda_ipc": "vllm_fleet.fabric.transports.cuda_ipc:CudaIpcTransport",
+    "memory": "vllm_fleet.fabric.transports.memory:MemoryTransport",
+    "mooncake": "vllm_fleet.fabric.transports.mooncake:MooncakeTransport",
+    "nccl": "vllm_fleet.fabric.transports.nccl:NcclTransport",
+    "nixl": "vllm_fleet.fabric.transports.nixl:NixlTransport",
     "tcp": "vllm_fleet.fabric.transports.tcp:TcpTransport",
 }
 

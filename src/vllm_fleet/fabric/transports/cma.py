@@ -29,13 +29,23 @@ from vllm_fleet.core import limits
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import LinkError
 from vllm_fleet.fabric.contract import Capabilities, KVPool, TransferError
+from vllm_fleet.fabric.crew import Crew
 from vllm_fleet.fabric.endpoint import Endpoint
+from vllm_fleet.fabric.owner import OwnedPool
 from vllm_fleet.fabric.plan import BlockCopyPlan, Ints
 from vllm_fleet.fabric.work import WorkLink, check_bounds
 from vllm_fleet.wire.fabric import PoolHandle
 from vllm_fleet.wire.names import DECODE_ERRORS, Count
 
-PIECE_BYTES_MAX = 16 << 20  # bytes per system call: about 1 ms, the longest a cancel waits
+PIECE_BYTES_MAX = 8 << 20
+"""Bytes of one system call: about 1 ms, the longest a cancel waits."""
+
+THREADS = min(4, os.cpu_count() or 1)
+"""Threads that share one long copy, see fabric/crew.py."""
+
+TOGETHER_BYTES_MIN = 8 << 20
+"""Transfers below this, a millisecond, are not worth waking other threads for."""
+
 PROBE_BYTES = 32
 _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1).value
@@ -87,19 +97,14 @@ def read_memory(pid: int, source: Ints, target: Ints, nbytes: Ints) -> None:
     Raises:
         TransferError: the process is gone, does not allow it, or an address is not mapped there.
     """
-    _move(_libc.process_vm_readv, pid, target, source, nbytes)
+    local, remote = np.stack([target, nbytes], axis=1), np.stack([source, nbytes], axis=1)
+    _move(_libc.process_vm_readv, pid, local, remote, slice(0, len(nbytes)), int(nbytes.sum()))
 
 
-def write_memory(pid: int, source: Ints, target: Ints, nbytes: Ints) -> None:
-    """Copy runs of this process's memory into another's; otherwise as read_memory."""
-    _move(_libc.process_vm_writev, pid, source, target, nbytes)
-
-
-def _move(call: Callable[..., int], pid: int, own: Ints, theirs: Ints, nbytes: Ints) -> None:
-    local = np.stack([own, nbytes], axis=1)
-    remote = np.stack([theirs, nbytes], axis=1)
-    wanted, count = int(nbytes.sum()), len(nbytes)
-    copied = call(pid, local.ctypes.data, count, remote.ctypes.data, count, 0)
+def _move(call: Callable[..., int], pid: int, local: Ints, remote: Ints, piece: slice, wanted: int) -> None:
+    """One system call on a piece of two arrays of iovecs, of shape [runs, 2], which holds ``wanted`` bytes."""
+    count, first = piece.stop - piece.start, piece.start * local.strides[0]
+    copied = call(pid, local.ctypes.data + first, count, remote.ctypes.data + first, count, 0)
     if copied == wanted:
         return
     if copied >= 0:
@@ -121,10 +126,11 @@ class CmaTransport:
     capabilities = Capabilities(cpu=True, cuda=False, one_sided=True, same_host=True)
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._pool: KVPool | None = None
+        self._owned = OwnedPool(endpoint)
         self._nonce = np.zeros(PROBE_BYTES, np.uint8)
         self._links: list[WorkLink] = []
         self._lock = threading.Lock()
+        self._crew = Crew(THREADS, "fleet-cma-crew")
 
     def register(self, pool: KVPool) -> PoolHandle:
         if pool.cuda is not None:
@@ -134,7 +140,6 @@ class CmaTransport:
         self.withdraw()
         nonce = secrets.token_bytes(PROBE_BYTES)
         self._nonce[:] = np.frombuffer(nonce, np.uint8)
-        self._pool = pool
         _allow_readers()
         details = CmaDetails(
             host=host_id(),
@@ -144,11 +149,11 @@ class CmaTransport:
             probe=int(self._nonce.ctypes.data),
             nonce=nonce,
         )
-        return PoolHandle(self.name, secrets.token_hex(16), pool.sizes, _encode(details))
+        return PoolHandle(self.name, self._owned.register(pool), pool.sizes, _encode(details))
 
     def withdraw(self) -> None:
         self._nonce[:] = 0
-        self._pool = None
+        self._owned.withdraw()
         with self._lock:
             links, self._links = self._links, []
         for link in links:
@@ -156,7 +161,7 @@ class CmaTransport:
 
     def connect(self, peer: PoolHandle, deadline: Deadline) -> WorkLink:
         deadline.check("cma", "connecting")
-        pool = self._pool
+        pool = self._owned.pool
         if pool is None:
             raise LinkError("register a pool before connecting")
         try:
@@ -169,7 +174,7 @@ class CmaTransport:
             raise LinkError("the peer is on another host or in another PID namespace")
         if process_started(details.pid) != details.started:
             raise LinkError(f"process {details.pid} is not the peer that registered: it has gone or been replaced")
-        copier = _Copier(pool, peer, details)
+        copier = _Copier(pool, peer, details, self._crew)
         try:
             copier.check()
         except (TransferError, OverflowError) as error:
@@ -181,17 +186,19 @@ class CmaTransport:
 
     def close(self) -> None:
         self.withdraw()
+        self._crew.close()
 
 
 class _Copier:
     """Carries out plans between one peer's pool and ours."""
 
-    def __init__(self, pool: KVPool, peer: PoolHandle, details: CmaDetails) -> None:
+    def __init__(self, pool: KVPool, peer: PoolHandle, details: CmaDetails, crew: Crew) -> None:
         self._pid = details.pid
         self._theirs = np.array(details.addresses, np.int64)
         self._own = np.array([region.address for region in pool.regions], np.int64)
         self._their_bytes = np.array(peer.region_bytes, np.int64)
         self._own_bytes = np.array(pool.sizes, np.int64)
+        self._crew = crew
         self._probe = np.array([details.probe], np.int64)
         self._nonce = details.nonce
         self._seen = np.zeros(PROBE_BYTES, np.uint8)
@@ -208,19 +215,17 @@ class _Copier:
             return
         check_bounds(plan, self._their_bytes, self._own_bytes)
         plan = plan.split(PIECE_BYTES_MAX)
-        source = self._theirs[plan.region] + plan.source
-        target = self._own[plan.region] + plan.target
-        self._copy(read_memory, plan, source, target, cancelled)
+        own, theirs = self._own[plan.region] + plan.target, self._theirs[plan.region] + plan.source
+        self._copy(_libc.process_vm_readv, plan, own, theirs, cancelled)
 
     def write(self, plan: BlockCopyPlan, cancelled: threading.Event) -> None:
         if not len(plan):
             return
         check_bounds(plan, self._own_bytes, self._their_bytes)
         plan = plan.split(PIECE_BYTES_MAX)
-        source = self._own[plan.region] + plan.source
-        target = self._theirs[plan.region] + plan.target
+        own, theirs = self._own[plan.region] + plan.source, self._theirs[plan.region] + plan.target
         self.check()
-        self._copy(write_memory, plan, source, target, cancelled)
+        self._copy(_libc.process_vm_writev, plan, own, theirs, cancelled)
 
     def interrupt(self) -> None:
         """Nothing to wake: a system call takes a millisecond."""
@@ -229,12 +234,28 @@ class _Copier:
         """Nothing is kept."""
 
     def _copy(
-        self, move: Callable[..., None], plan: BlockCopyPlan, source: Ints, target: Ints, cancelled: threading.Event
+        self, call: Callable[..., int], plan: BlockCopyPlan, own: Ints, theirs: Ints, cancelled: threading.Event
     ) -> None:
-        for piece in plan.pieces(limits.IOV_MAX, PIECE_BYTES_MAX):
-            if cancelled.is_set():
-                return
-            move(self._pid, source[piece], target[piece], plan.nbytes[piece])
+        local, remote = np.stack([own, plan.nbytes], axis=1), np.stack([theirs, plan.nbytes], axis=1)
+        pieces = plan.pieces(limits.IOV_MAX // 4, PIECE_BYTES_MAX)
+        taking, failed = threading.Lock(), threading.Event()
+
+        def work() -> None:
+            while not cancelled.is_set() and not failed.is_set():
+                with taking:
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                try:
+                    _move(call, self._pid, local, remote, piece, int(plan.nbytes[piece].sum()))
+                except TransferError:
+                    failed.set()
+                    raise
+
+        if plan.total_bytes >= TOGETHER_BYTES_MIN:
+            self._crew.share(work)
+        else:
+            work()
         self.check()
 
 

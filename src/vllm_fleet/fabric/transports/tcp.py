@@ -1,5 +1,7 @@
 """TCP: the owner sends straight from its KV memory, the reader receives straight into its own. No staging copy.
 
+GPU memory goes through pinned host memory on its side, GPU copy and network overlapped.
+
 A link is one authenticated connection to the owner's endpoint. The asking side names runs of a registered pool; the
 owner checks that they are inside its regions and granted, and sends or takes exactly their bytes. Works between any two
 hosts.
@@ -23,9 +25,10 @@ from vllm_fleet.fabric.contract import Capabilities, KVPool, TransferError
 from vllm_fleet.fabric.endpoint import ANSWER_S, ANSWER_SETTING, Endpoint, ask, probe, receive_answer
 from vllm_fleet.fabric.owner import OwnedPool, encode_runs
 from vllm_fleet.fabric.plan import BlockCopyPlan, Ints
+from vllm_fleet.fabric.scattered import Bytes, bytes_of
 from vllm_fleet.fabric.work import WorkLink, check_bounds
 from vllm_fleet.net.channel import Channel, Credentials, connect
-from vllm_fleet.net.scatter import receive_runs, send_runs
+from vllm_fleet.net.scatter import off_the_senders_cpu
 from vllm_fleet.wire import fabric as wire
 from vllm_fleet.wire.fabric import PoolHandle
 from vllm_fleet.wire.names import DECODE_ERRORS, Port
@@ -36,10 +39,16 @@ IDLE_S = 10.0
 RECONNECT_S = 2.0
 IDLE_SETTING = "fabric.transports.tcp.IDLE_S"
 
+FIRST_RUNS = 64
+"""Runs of a transfer's first question: few, so that bytes flow while the others are prepared."""
+
 PIECE_RUNS_MAX = 1024
 """Runs of one question: 24 KiB, which fit the owner's socket buffer while it still sends what was asked before."""
 
 PIECE_BYTES_MAX = 1 << 30
+
+APART_BYTES_MIN = 4 << 20
+"""Shorter transfers are over before the two sides could hinder each other."""
 
 
 class TcpDetails(Struct, frozen=True):
@@ -57,19 +66,20 @@ class TcpTransport:
     """See the module's docstring."""
 
     name = "tcp"
-    capabilities = Capabilities(cpu=True, cuda=False, one_sided=False, same_host=False)
+    capabilities = Capabilities(cpu=True, cuda=True, one_sided=False, same_host=False)
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._owned = OwnedPool(endpoint)
         self._links: list[WorkLink] = []
+        self._serving: dict[Channel, Bytes] = {}
         self._lock = threading.Lock()
         endpoint.handle(wire.Read, self._serve_read)
         endpoint.handle(wire.Write, self._serve_write)
+        endpoint.on_lost(self._lost)
 
     def register(self, pool: KVPool) -> PoolHandle:
-        if pool.cuda is not None:
-            raise LinkError("tcp moves CPU memory only in this version, and the pool is in CUDA memory")
+        bytes_of(pool).close()  # a missing library shows here, not with the first transfer
         self._close_links()
         details = TcpDetails(self._endpoint.host, self._endpoint.port)
         return PoolHandle(self.name, self._owned.register(pool), pool.sizes, _encode(details))
@@ -113,7 +123,7 @@ class TcpTransport:
             return runs
         header = wire.encode(wire.Reading(runs.total_bytes))
         channel.send(header, Deadline.after(ANSWER_S, ANSWER_SETTING))
-        send_runs(channel.socket, runs.addresses, runs.nbytes, IDLE_S, channel.peer)
+        self._bytes_for(channel, runs.pool).send(channel, runs.addresses, runs.nbytes, IDLE_S)
         return self._moved(question.pool, runs.total_bytes)
 
     def _serve_write(self, channel: Channel, question: wire.Question) -> wire.Answer | None:
@@ -123,11 +133,26 @@ class TcpTransport:
             return runs
         header = wire.encode(wire.Writing(runs.total_bytes))
         channel.send(header, Deadline.after(ANSWER_S, ANSWER_SETTING))
-        receive_runs(channel.socket, runs.addresses, runs.nbytes, IDLE_S, channel.peer)
+        with _apart(channel, runs.total_bytes):
+            self._bytes_for(channel, runs.pool).receive(channel, runs.addresses, runs.nbytes, IDLE_S)
         return self._moved(question.pool, runs.total_bytes)
 
     def _moved(self, pool: str, nbytes: int) -> wire.Answer:
         return wire.Moved(nbytes) if self._owned.is_current(pool) else wire.Denied("stale_pool")
+
+    def _bytes_for(self, channel: Channel, pool: KVPool) -> Bytes:
+        """What a connection's transfers go through; one thread serves a connection."""
+        with self._lock:
+            found = self._serving.get(channel)
+            if found is None or found.cuda != pool.cuda:
+                found = self._serving[channel] = bytes_of(pool)
+        return found
+
+    def _lost(self, channel: Channel) -> None:
+        with self._lock:
+            served = self._serving.pop(channel, None)
+        if served is not None:
+            served.close()
 
 
 class _Copier:
@@ -142,6 +167,7 @@ class _Copier:
         self._own_bytes = np.array(pool.sizes, np.int64)
         self._peer_bytes = np.array(peer.region_bytes, np.int64)
         self._channel: Channel | None = None
+        self._bytes = bytes_of(pool)
 
     def open(self, deadline: Deadline) -> Channel:
         """Connect, proving the token both ways, and ask whether the peer's registration stands."""
@@ -158,12 +184,12 @@ class _Copier:
         if not len(plan):
             return
         check_bounds(plan, self._peer_bytes, self._own_bytes)
-        own = self._addresses[plan.region] + plan.target
         with self._connection(cancelled) as channel:
-            pieces = list(plan.pieces(PIECE_RUNS_MAX, PIECE_BYTES_MAX))
+            first = slice(0, min(FIRST_RUNS, len(plan)))
+            self._ask_read(channel, plan, first)
+            own = self._addresses[plan.region] + plan.target
+            pieces = [first, *plan.pieces(PIECE_RUNS_MAX, PIECE_BYTES_MAX, start=first.stop)]
             for index, piece in enumerate(pieces):
-                if index == 0:
-                    self._ask_read(channel, plan, piece)
                 if index + 1 < len(pieces):  # the owner finds the next question when it has answered this one
                     self._ask_read(channel, plan, pieces[index + 1])
                 if cancelled.is_set():
@@ -185,13 +211,17 @@ class _Copier:
     def _connection(self, cancelled: threading.Event) -> Iterator[Channel]:
         """The connection, made again if it is lost; lost when a transfer ends early, since bytes may be under way."""
         channel = self._channel
+        if channel is not None and not channel.is_open():  # cut by an interrupt() that came as the last copy ended
+            self._channel = None
+            channel.close()
+            channel = None
         if channel is None:
             channel = self.open(_idle().capped(RECONNECT_S))
         try:
             yield channel
         except BaseException:
             self._channel = None
-            channel.close()
+            channel.reset()
             raise
 
     def _ask_read(self, channel: Channel, plan: BlockCopyPlan, piece: slice) -> None:
@@ -202,7 +232,8 @@ class _Copier:
         answer = receive_answer(channel, _idle())
         wanted = int(plan.nbytes[piece].sum())
         _expect(answer, wire.Reading(wanted), channel.peer)
-        receive_runs(channel.socket, own[piece], plan.nbytes[piece], IDLE_S, channel.peer)
+        with _apart(channel, plan.total_bytes):
+            self._bytes.receive(channel, own[piece], plan.nbytes[piece], IDLE_S)
         _expect(receive_answer(channel, _idle()), wire.Moved(wanted), channel.peer)
 
     def _push(self, channel: Channel, plan: BlockCopyPlan, piece: slice, own: Ints) -> None:
@@ -210,7 +241,7 @@ class _Copier:
         total = int(plan.nbytes[piece].sum())
         answer = ask(channel, wire.Write(plan.grant, self._peer.pool, runs), _idle())
         _expect(answer, wire.Writing(total), channel.peer)
-        send_runs(channel.socket, own[piece], plan.nbytes[piece], IDLE_S, channel.peer)
+        self._bytes.send(channel, own[piece], plan.nbytes[piece], IDLE_S)
         _expect(receive_answer(channel, _idle()), wire.Moved(total), channel.peer)
 
     def interrupt(self) -> None:
@@ -222,6 +253,12 @@ class _Copier:
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
+        self._bytes.close()
+
+
+def _apart(channel: Channel, nbytes: int) -> contextlib.AbstractContextManager[None]:
+    """For what takes longer than a millisecond."""
+    return off_the_senders_cpu(channel.socket) if nbytes >= APART_BYTES_MIN else contextlib.nullcontext()
 
 
 def _idle() -> Deadline:

@@ -1,0 +1,246 @@
+"""Moving pieces of scattered runs through an NCCL communicator: gather into staging, send; receive, scatter.
+
+A stream that copies and one for each communicator, a ring of staging buffers, events between them: while piece k is on
+the wire, piece k+1 is gathered (or piece k-1 scattered). The host enqueues and waits for nothing but its own bound on
+how far it runs ahead. Everything a piece needs is made once: the host's work for one is a launch, a call of NCCL and a
+few events.
+
+Before a transfer starts, its two sides see to it that what is sent is complete and what is received into is unused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_fleet.core.deadline import Deadline
+from vllm_fleet.core.errors import FleetError
+from vllm_fleet.fabric.contract import TransferError
+from vllm_fleet.fabric.plan import Ints
+from vllm_fleet.fabric.transports.cuda import driver
+from vllm_fleet.fabric.transports.cuda.communicator import Communicator, Tuning, Watch, mapped, poll
+from vllm_fleet.fabric.transports.cuda.kernels import OCTETS, ROW_WORDS, TILE_BYTES, WARPS
+from vllm_fleet.fabric.transports.cuda.launch import Kernel, programs
+from vllm_fleet.fabric.transports.cuda.pieces import Pieces
+
+IDLE_S = 10.0
+"""A transfer fails when no piece completes for so long."""
+IDLE_SETTING = "fabric.transports.cuda.pipe.IDLE_S"
+
+DRAIN_S = 30.0
+"""After an abort the kernels must have left the streams within this time."""
+
+AHEAD_MAX = 64  # pieces enqueued and not known complete: the CUDA launch queue holds 1024 launches
+
+PROGRAMS = 32
+"""Multiprocessors that gather or scatter."""
+
+ROW_BYTES_MAX = TILE_BYTES  # longer runs are shared among multiprocessors
+
+TABLES, TABLE_ROWS = 4, 16384
+"""Rows that wait for the kernels that copy them: 2 MiB of pinned memory."""
+_FULL_ROW_BYTES = ROW_WORDS * 8
+
+
+class Pipe:
+    """One communicator with its staging. For one thread, with CUDA device ``device`` current there.
+
+    Streams of its own: those of torch are a pool, and one that a peer holds up would hold up others.
+    """
+
+    def __init__(self, communicator: Communicator, device: int, tuning: Tuning) -> None:
+        self._communicator = communicator
+        self._chunk_bytes, self._buffers = tuning.chunk_bytes, tuning.buffers
+        with mapped("preparing the staging memory"):
+            self._tables = [driver.Pinned(device, TABLE_ROWS * _FULL_ROW_BYTES) for _ in range(TABLES)]
+            self._rows: list[Ints] = [table.words.reshape(-1, ROW_WORDS) for table in self._tables]
+            example = (self._tables[0].address, 1)
+            self._kernel = Kernel(programs.copy_kernel, device, example, (TILE_BYTES, OCTETS), WARPS)
+            self._streams = [driver.Stream(device) for _ in range(1 + communicator.lanes)]
+            self._raw = [own.cuda_stream for own in self._streams[1:]]
+            self._copying, *self._wires = (torch.cuda.ExternalStream(own.cuda_stream, device) for own in self._streams)
+            shape = (tuning.buffers, tuning.chunk_bytes)
+            self._staging: Any = torch.empty(shape, dtype=torch.uint8, device=torch.device("cuda", device))
+            torch.cuda.current_stream(device).synchronize()  # whoever used that memory before
+            self._base = int(self._staging.data_ptr())
+            self._between = [torch.cuda.Event() for _ in range(tuning.buffers)]
+            """Of each staging buffer: gathered, or received."""
+            self._done = [torch.cuda.Event() for _ in range(AHEAD_MAX)]
+            """Piece number n of this pipe's life is complete: entry n % AHEAD_MAX."""
+            self._read = [torch.cuda.Event() for _ in range(TABLES)]
+            """The kernels that read a table have ended."""
+            self._warm_up()
+        self._count = self._finished = 0
+        """Pieces enqueued, and those known complete."""
+        self._turn = 0
+
+    def send(self, pieces: Pieces, watch: Watch) -> None:
+        """Enqueue sending all pieces; raises what ``watch`` raises, and TransferError."""
+        with mapped("sending over NCCL"):
+            staging, slots = self._place(pieces)
+            copying, lanes = self._copying, len(self._wires)
+            copy = self._copier(pieces, pieces.address, staging, watch)
+            for index, size in enumerate(pieces.sizes):
+                count, slot = self._count, slots[index]
+                lane = count % lanes
+                wire = self._wires[lane]
+                self._await(count - AHEAD_MAX + 1, watch)
+                if count - self._buffers >= self._finished:
+                    self._done[(count - self._buffers) % AHEAD_MAX].wait(copying)
+                copy(index)
+                gathered = self._between[slot]
+                gathered.record(copying)
+                gathered.wait(wire)
+                self._communicator.send(self._base + slot * self._chunk_bytes, size, self._raw[lane], lane)
+                self._done[count % AHEAD_MAX].record(wire)
+                self._count = count + 1
+
+    def receive(self, pieces: Pieces, watch: Watch) -> None:
+        """Enqueue receiving all pieces into their runs; errors as of send()."""
+        with mapped("receiving over NCCL"):
+            staging, slots = self._place(pieces)
+            copying, lanes = self._copying, len(self._wires)
+            copy = self._copier(pieces, staging, pieces.address, watch)
+            for index, size in enumerate(pieces.sizes):
+                count, slot = self._count, slots[index]
+                lane = count % lanes
+                wire = self._wires[lane]
+                self._await(count - AHEAD_MAX + 1, watch)
+                if count - self._buffers >= self._finished:
+                    self._done[(count - self._buffers) % AHEAD_MAX].wait(wire)
+                self._communicator.receive(self._base + slot * self._chunk_bytes, size, self._raw[lane], lane)
+                received = self._between[slot]
+                received.record(wire)
+                received.wait(copying)
+                copy(index)
+                self._done[count % AHEAD_MAX].record(copying)
+                self._count = count + 1
+
+    def exchange(self, pattern: bytes, watch: Watch) -> bytes:
+        """Send a few bytes in each lane and receive as many, which connects the two sides.
+
+        What came: the pattern itself, or the first thing that differs from it.
+        """
+        self.drain(watch)
+        came = [self._exchange(pattern, lane, watch) for lane in range(len(self._wires))]
+        return next((other for other in came if other != pattern), pattern)
+
+    def _exchange(self, pattern: bytes, lane: int, watch: Watch) -> bytes:
+        nbytes = len(pattern)
+        with mapped("connecting over NCCL"), torch.cuda.stream(self._wires[lane]):
+            sent, received = self._staging[0], self._staging[1]
+            sent[:nbytes].copy_(torch.frombuffer(bytearray(pattern), dtype=torch.uint8))
+            received.zero_()
+            deadline = Deadline.after(IDLE_S, IDLE_SETTING)
+            # A whole chunk: NCCL chooses its protocol and its connections by the size.
+            places = sent.data_ptr(), received.data_ptr(), self._chunk_bytes, self._raw[lane]
+            self._communicator.exchange(*places, watch, deadline, lane)
+            self._done[self._count % AHEAD_MAX].record(self._wires[lane])
+            self._count += 1
+            self.drain(watch)
+            return bytes(received[:nbytes].cpu().numpy().tobytes())
+
+    def drain(self, watch: Watch) -> None:
+        """Wait until all pieces are complete. DeadlineExceeded when none completes for IDLE_S."""
+        with mapped("moving bytes over NCCL"):
+            self._await(self._count, watch)
+
+    def abort(self) -> None:
+        """End everything in flight, free the communicator and the staging. Safe to call twice.
+
+        When this has returned no kernel of this pipe reads or writes memory any more.
+
+        Raises:
+            TransferError: the GPU has not let go of it within DRAIN_S.
+        """
+        if self._staging is None:
+            return
+        self._communicator.abort()
+        deadline = Deadline.after(DRAIN_S, "fabric.transports.cuda.pipe.DRAIN_S")
+        try:
+            for stream in (*self._wires, self._copying):
+                poll(_quiet(stream), lambda: None, deadline, "the GPU", "ending NCCL's kernels")
+        except FleetError as error:
+            raise TransferError(f"memory of an aborted transfer may still be written: {error}") from error
+        self._staging = None
+        with contextlib.suppress(FleetError):  # after a failure of the GPU itself nothing can be given back
+            self._rows.clear()
+            for table in self._tables:
+                table.close()
+            for own in self._streams:
+                own.close()
+
+    def _warm_up(self) -> None:
+        """Load the kernel and make the events now: loading may wait for kernels that run, which wait for a peer."""
+        self._rows[0][0] = (self._base, self._base + self._chunk_bytes, 16, 0)
+        for grid in range(1, PROGRAMS + 1):
+            self._kernel(grid, self._streams[0].cuda_stream, (self._tables[0].address, 1))
+        for event in (*self._between, *self._done, *self._read):
+            event.record(self._copying)
+        self._copying.synchronize()
+
+    def _place(self, pieces: Pieces) -> tuple[Ints, list[int]]:
+        """The staging address of each row, and the staging buffer of each piece."""
+        slots = (self._count + np.arange(len(pieces))) % self._buffers
+        begins = self._base + slots * self._chunk_bytes
+        return pieces.within + np.repeat(begins, np.diff(pieces.starts)), slots.tolist()
+
+    def _copier(self, pieces: Pieces, sources: Ints, targets: Ints, watch: Watch) -> Callable[[int], None]:
+        """A function that starts copying the rows of one piece; called for each in order."""
+        starts = pieces.starts.tolist()
+        kernel, stream = self._kernel, self._streams[0].cuda_stream
+        filled, offset = 0, 0  # rows put into tables, and which of them is first in the present one
+
+        def copy(index: int) -> None:
+            nonlocal filled, offset
+            row, end = starts[index], starts[index + 1]
+            while row < end:
+                if row == filled:
+                    offset, filled = row, min(row + TABLE_ROWS, len(sources))
+                    self._fill(sources[offset:filled], targets[offset:filled], pieces.nbytes[offset:filled], watch)
+                count = min(end, filled) - row
+                address = self._tables[self._turn].address + (row - offset) * _FULL_ROW_BYTES
+                kernel(min(count, PROGRAMS), stream, (address, count))
+                row += count
+
+        return copy
+
+    def _fill(self, sources: Ints, targets: Ints, nbytes: Ints, watch: Watch) -> None:
+        """Put rows into the next table."""
+        self._read[self._turn].record(self._copying)
+        turn = (self._turn + 1) % TABLES
+        self._wait(self._read[turn], watch)
+        rows = self._rows[turn][: len(sources)]
+        rows[:, 0], rows[:, 1], rows[:, 2] = sources, targets, nbytes
+        self._turn = turn
+
+    def _await(self, count: int, watch: Watch) -> None:
+        """Wait until the first ``count`` pieces are complete. DeadlineExceeded when none completes for IDLE_S."""
+        while self._finished < count:
+            self._wait(self._done[self._finished % AHEAD_MAX], watch)
+            self._finished += 1
+
+    def _wait(self, event: Any, watch: Watch) -> None:
+        """Wait for one event, of which the host knows that it will come."""
+        if event.query():
+            return
+
+        def both() -> None:
+            watch()
+            self._communicator.check()
+
+        poll(event.query, both, Deadline.after(IDLE_S, IDLE_SETTING), "the peer", "moving bytes over NCCL")
+
+
+def _quiet(stream: Any) -> Callable[[], bool]:
+    def quiet() -> bool:
+        try:
+            return bool(stream.query())
+        except RuntimeError:  # CUDA failed: nothing runs in this context any more
+            return True
+
+    return quiet
