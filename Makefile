@@ -3,7 +3,7 @@ EXTRA ?= cpu
 SEED ?= 7
 BIN := .venv/bin
 
-.PHONY: help setup demo test unit check format sim bench-handoff bench-cma fuzz clean
+.PHONY: help setup demo test unit check format sim bench-handoff bench-fabric bench-cma fuzz clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -33,8 +33,10 @@ sim: setup  ## the deterministic simulation of the controller: make sim SEED=7
 	@$(BIN)/python -m tests.sim --seed $(SEED)
 
 bench-handoff: setup  ## how long a handoff takes, beside vLLM's NixlConnector
-	@$(BIN)/python -c 'import nixl' 2> /dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[nixl]'
 	@$(BIN)/python -m benchmarks.handoff $(ARGS)
+
+bench-fabric: setup  ## ways to move blocks between two processes, side by side
+	@$(BIN)/vllm-fleet bench fabric $(ARGS)
 
 bench-cma: setup  ## process_vm_readv against shared memory, for blocks of KV
 	@$(BIN)/python -m benchmarks.cma $(ARGS)

@@ -25,15 +25,24 @@ for candidate in python3 python3.12 python3.11 python3.13; do
 done
 [ -n "$python" ] || fail "Python 3.11, 3.12 or 3.13 is needed and none was found; on Debian or Ubuntu run: apt-get install python3 python3-venv"
 
-# vLLM's CPU build links libnuma, Mooncake libibverbs and librdmacm; torch compiles a few small kernels when it starts.
+missing() { ! ldconfig -p 2> /dev/null | grep -q "lib$1\.so\.1"; }
+
+# vLLM's CPU build links libnuma, and torch compiles a few small kernels when it starts.
 packages=""
 command -v g++ > /dev/null || packages="$packages g++"
-for library in numa:libnuma1 ibverbs:libibverbs1 rdmacm:librdmacm1; do
-  ldconfig -p 2> /dev/null | grep -q "lib${library%%:*}\.so\.1" || packages="$packages ${library#*:}"
-done
+! missing numa || packages="$packages libnuma1"
 "$python" -c 'import ensurepip' 2> /dev/null || packages="$packages python3-venv"
-# Only tests need it, of two hosts on one machine, and these run as root only.
-{ command -v ip > /dev/null && command -v tc > /dev/null; } || [ "$(id -u)" != 0 ] || packages="$packages iproute2"
+# Only tests need these, so nobody is asked for them: Mooncake's libraries (the GPU build of Mooncake is another package),
+# and iproute2 for two hosts on one machine, which needs root.
+extras=$extra,dev,nixl
+if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+  ! missing ibverbs || packages="$packages libibverbs1"
+  ! missing rdmacm || packages="$packages librdmacm1"
+  { command -v ip > /dev/null && command -v tc > /dev/null; } || packages="$packages iproute2"
+  [ "$extra" != cpu ] || extras=$extras,mooncake
+elif [ "$extra" = cpu ] && ! missing ibverbs && ! missing rdmacm; then
+  extras=$extras,mooncake
+fi
 if [ -n "$packages" ]; then
   step "Debian packages:$packages"
   if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
@@ -59,7 +68,6 @@ if [ "$extra" = cpu ]; then
     || fail "pip could not install $torch, neither from its own indexes nor from download.pytorch.org: $(last_words)"
 fi
 
-extras=$extra,dev,nixl,mooncake
 step "vllm-fleet with [$extras], vLLM included"
 quietly pip install -e ".[$extras]" || fail "pip could not install vllm-fleet[$extras]: $(last_words)"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 
 from tests.contract.cases import CASES, Case
-from tests.contract.harness import Bench, Peers, counts, eventually
+from tests.contract.harness import Bench, Peers, counts, eventually, files
 
 
 @pytest.fixture(scope="session")
@@ -36,11 +37,19 @@ def bench(case: Case, peers: Peers) -> Iterator[Bench]:
         importlib.import_module("tests.contract.cuda_pool").settle(device)
     peer = peers.get(case)
     theirs = peer.ask("counts")
-    before = counts()
+    before, open_before, open_there = counts(), files(), files(peer.process.pid)
     with ExitStack() as stack:
         yield Bench(case, peer, stack)
-    eventually("a thread was left behind", lambda: counts()[0] <= before[0])
-    eventually("a file descriptor was left behind", lambda: counts()[1] <= before[1])
+    eventually("a thread was left behind", lambda: counts()[0] <= before[0], details=threading.enumerate)
+    eventually(
+        "a file descriptor was left behind",
+        lambda: counts()[1] <= before[1],
+        details=lambda: sorted(files().items() - open_before.items()),
+    )
     if peer.alive():
         peer.ask("free")
-        eventually("the peer kept a thread or a descriptor", lambda: all(map(int.__le__, peer.ask("counts"), theirs)))
+        eventually(
+            "the peer kept a thread or a descriptor",
+            lambda: all(map(int.__le__, peer.ask("counts"), theirs)),
+            details=lambda: (theirs, peer.ask("counts"), sorted(files(peer.process.pid).items() - open_there.items())),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -231,16 +232,27 @@ def same(got: list[Bytes], wanted: list[Bytes]) -> bool:
     return all(bool((a == b).all()) for a, b in zip(got, wanted, strict=True))
 
 
-def eventually(what: str, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def eventually(
+    what: str, condition: Callable[[], bool], seconds: float = 5.0, details: Callable[[], object] = lambda: ""
+) -> None:
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, what
+        assert time.monotonic() < until, f"{what} {details()}"
         time.sleep(0.005)
 
 
 def counts() -> tuple[int, int]:
     """Threads and file descriptors of this process."""
     return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+def files(pid: int | str = "self") -> dict[str, str]:
+    """The open files of a process: what each descriptor is."""
+    found = {}
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            found[number] = os.readlink(f"/proc/{pid}/fd/{number}")
+    return found
 
 
 def state(pid: int) -> str:

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import secrets
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import msgspec
 import numpy as np
 
-from vllm_fleet.bench import fabric_owner
-from vllm_fleet.bench.blocks import BLOCK_BYTES, REGIONS, Blocks, blocks_in_region, make_blocks
-from vllm_fleet.bench.fabric_owner import FLEET, STREAM_BYTES, OwnerReady, OwnerSettings
+from vllm_fleet.bench.arena import Arena
+from vllm_fleet.bench.blocks import BLOCK_BYTES, REGIONS, blocks_in_region, make_blocks
+from vllm_fleet.bench.fabric_owner import FLEET, STREAM_BYTES
 from vllm_fleet.bench.raw_runner import RawRunner
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import PeerGone
-from vllm_fleet.fabric.contract import Transport
-from vllm_fleet.fabric.endpoint import Endpoint
 from vllm_fleet.fabric.integrity import Mode, Verifier
-from vllm_fleet.fabric.plan import BlockCopyPlan, Ints, plan_blocks
+from vllm_fleet.fabric.plan import Ints
 from vllm_fleet.net import sockets
 from vllm_fleet.net.channel import Credentials, connect
 
@@ -59,73 +52,15 @@ class Contender(Protocol):
         """Copy what was prepared and wait until it is there; the seconds it took."""
         ...
 
+    def checks(self) -> float | None:
+        """Seconds of checksums for each second of copying so far; None where there are none."""
+        ...
+
     def cpu_s(self) -> float:
         """CPU seconds that both sides have used so far; nan when that is not known."""
         ...
 
     def close(self) -> None: ...
-
-
-class Arena:
-    """The owner's process, this side's pool, and what both have registered."""
-
-    def __init__(self, names: Sequence[str], nbytes: int, cuda: tuple[int, int] | None) -> None:
-        self.nbytes = nbytes
-        self.cuda = cuda
-        token = secrets.token_hex(32)
-        command = [sys.executable, "-m", "vllm_fleet.bench.fabric_owner"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        settings = OwnerSettings(token, nbytes, tuple(names), None if cuda is None else cuda[1])
-        self._say(msgspec.json.encode(settings).decode())
-        self.token = bytes.fromhex(token)
-        self.endpoint = Endpoint(sockets.listen("127.0.0.1", 0, setting="bench"), Credentials(FLEET, self.token))
-        self.blocks: Blocks = make_blocks(nbytes, None if cuda is None else cuda[0], filled=False)
-        self.transports, own = fabric_owner.register(tuple(names), self.endpoint, self.blocks)
-        self.endpoint.start()
-        self.owner = msgspec.json.decode(self._hear().encode(), type=OwnerReady)
-        self.refused = {**own.refused, **self.owner.refused}
-
-    def transport(self, name: str) -> Transport:
-        """This side's transport of a name that was not refused."""
-        transport: Transport = self.transports[name]
-        return transport
-
-    def plan(self, source: Ints, target: Ints) -> BlockCopyPlan:
-        """A plan for these blocks in every region."""
-        return plan_blocks(self.blocks.shapes, source.tolist(), target.tolist(), "bench")
-
-    def owner_cpu_s(self) -> float:
-        """CPU seconds the owner's process has used."""
-        self._say("cpu")
-        return float(self._hear())
-
-    def close(self) -> None:
-        """End both sides."""
-        for transport in self.transports.values():
-            transport.close()
-        self.endpoint.close()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(10)
-        self._process.stdout.close()
-
-    def _say(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-
-    def _hear(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise PeerGone("the benchmark's owner process ended; its reason is on standard error")
-        return line
 
 
 class OurTransport:
@@ -136,6 +71,7 @@ class OurTransport:
     def __init__(self, arena: Arena, name: str, checksums: Mode = "off") -> None:
         self.name = name if checksums == "off" else f"{name}, {checksums} checksums"
         self._arena = arena
+        self._checksums = checksums
         transport = arena.transport(name)
         self.sms = transport.capabilities.sms
         self.bytes_max = arena.nbytes
@@ -156,6 +92,10 @@ class OurTransport:
         self._read(self._verifier)
         return time.perf_counter() - began
 
+    def checks(self) -> float | None:
+        copied = self._verifier.copied_s
+        return self._verifier.checked_s / copied if self._checksums != "off" and copied else None
+
     def cpu_s(self) -> float:
         return time.process_time() + self._arena.owner_cpu_s()
 
@@ -169,13 +109,28 @@ class OurTransport:
             self._link.read(self._plan).wait(deadline)
 
 
-class Memcpy:
+class NoChecks:
+    """A contender that is none of our transports."""
+
+    sms = 0
+
+    def checks(self) -> float | None:
+        return None
+
+    def cpu_s(self) -> float:
+        return float("nan")
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+class Memcpy(NoChecks):
     """The ceiling of CPU memory: the same scattered blocks copied inside this process, one memmove(3) for each.
 
     ctypes adds about 0.15 us to the 3 us of each block; the addresses are worked out before the clock starts.
     """
 
-    name, kind, sms = "memcpy in one process", "ceiling", 0
+    name, kind = "memcpy in one process", "ceiling"
 
     def __init__(self, nbytes: int) -> None:
         self.bytes_max = nbytes
@@ -200,14 +155,11 @@ class Memcpy:
     def cpu_s(self) -> float:
         return time.process_time()
 
-    def close(self) -> None:
-        pass
 
-
-class Gather:
+class Gather(NoChecks):
     """A memcpy in C of each scattered block into contiguous memory: easier than what a handoff needs."""
 
-    name, kind, sms = "gather in one process", "ceiling", 0
+    name, kind = "gather in one process", "ceiling"
 
     def __init__(self, memcpy: Memcpy) -> None:
         self.bytes_max = memcpy.bytes_max
@@ -227,14 +179,11 @@ class Gather:
     def cpu_s(self) -> float:
         return time.process_time()
 
-    def close(self) -> None:
-        pass
 
-
-class RawStream:
+class RawStream(NoChecks):
     """The ceiling of one TCP connection: contiguous bytes, plain sockets, 1 MiB at a time."""
 
-    name, kind, sms = "raw TCP stream", "ceiling", 0
+    name, kind = "raw TCP stream", "ceiling"
 
     def __init__(self, arena: Arena) -> None:
         self.bytes_max = arena.nbytes
@@ -270,10 +219,10 @@ class RawStream:
         self._socket.close()
 
 
-class RawLibrary:
+class RawLibrary(NoChecks):
     """A library used directly, on as many blocks of pools of its own; see raw_runner.py."""
 
-    kind, sms = "library", 0
+    kind = "library"
 
     def __init__(self, name: str, nbytes: int) -> None:
         self.bytes_max = min(nbytes, RAW_BYTES_MAX)
@@ -285,9 +234,6 @@ class RawLibrary:
 
     def copy(self) -> float:
         return float(self._runner.turn("copy"))
-
-    def cpu_s(self) -> float:
-        return float("nan")
 
     def close(self) -> None:
         self._runner.close()

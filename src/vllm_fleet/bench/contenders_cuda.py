@@ -6,14 +6,14 @@ import time
 from typing import Any
 
 from vllm_fleet.bench.blocks import BLOCK_BYTES, REGIONS
-from vllm_fleet.bench.contenders import Case
+from vllm_fleet.bench.contenders import Case, NoChecks
 from vllm_fleet.fabric.plan import Ints
 
 
-class PeerCopy:
+class PeerCopy(NoChecks):
     """cudaMemcpyPeerAsync of as many contiguous bytes, from one GPU to the other, inside this process."""
 
-    name, kind, sms = "contiguous peer copy", "ceiling", 0
+    name, kind = "contiguous peer copy", "ceiling"
 
     def __init__(self, nbytes: int, cuda: tuple[int, int]) -> None:
         import torch
@@ -34,9 +34,6 @@ class PeerCopy:
         self._target[:total].copy_(self._source[:total], non_blocking=True)
         self._torch.cuda.synchronize(self._device)
         return time.perf_counter() - began
-
-    def cpu_s(self) -> float:
-        return float("nan")
 
     def close(self) -> None:
         self._source = self._target = None

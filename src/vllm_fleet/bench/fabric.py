@@ -14,8 +14,9 @@ import psutil
 from rich.table import Table
 
 from vllm_fleet.bench import machine
+from vllm_fleet.bench.arena import Arena
 from vllm_fleet.bench.blocks import BLOCK_BYTES, REGIONS, scattered
-from vllm_fleet.bench.contenders import Arena, Case, Contender, Gather, Memcpy, OurTransport, RawLibrary, RawStream
+from vllm_fleet.bench.contenders import Case, Contender, Gather, Memcpy, OurTransport, RawLibrary, RawStream
 from vllm_fleet.core.errors import FleetError
 
 PAIRS = (
@@ -109,6 +110,7 @@ def run(wanted: Wanted, say: Say) -> dict[str, Any]:
     try:
         contenders = _contenders(arena, wanted, refused, say)
         rows = [row for size in wanted.sizes for row in _measure(contenders, size, total, wanted, say)]
+        checks = {c.name: part for c in contenders if (part := c.checks()) is not None}
     finally:
         for contender in contenders:
             contender.close()
@@ -120,6 +122,7 @@ def run(wanted: Wanted, say: Say) -> dict[str, Any]:
         "memory": "cpu" if wanted.cuda is None else f"cuda {wanted.cuda[0]} <- {wanted.cuda[1]}",
         "not_run": refused,
         "rows": [_plain(row, rows) for row in rows],
+        "checks": checks,
         "ratios": ratios(rows),
     }
 

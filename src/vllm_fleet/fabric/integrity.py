@@ -91,13 +91,14 @@ class Sampler:
     """How many pieces of the next transfer to check, so that checks cost at most SHARE of the copying. Pure."""
 
     def __init__(self) -> None:
-        self._first = True
+        self.is_first = True
+        """Whether the next transfer is the link's first."""
         self._credit_s = 0.0
         self._price_s = PRICE_S
 
     def pieces(self) -> int:
         """Pieces to check of the next transfer; 0: none."""
-        if self._first:
+        if self.is_first:
             return FIRST_PIECES
         return SAMPLE_PIECES if self._credit_s >= self._price_s else 0
 
@@ -106,10 +107,10 @@ class Sampler:
         self._credit_s += SHARE * copy_s
         if check_s is None:
             return
-        if not self._first:  # the first one is dearer, and once per link
+        if not self.is_first:  # the first one is dearer, and once per link
             self._credit_s -= check_s
             self._price_s += (check_s - self._price_s) / 4
-        self._first = False
+        self.is_first = False
 
 
 class Verifier:
@@ -122,6 +123,9 @@ class Verifier:
         self._sampler = Sampler()
         self.pieces = 0
         """Pieces checked so far."""
+        self.copied_s = 0.0
+        self.checked_s = 0.0
+        """What copying took so far, and checking on top of it, without the first transfer's."""
 
     @contextlib.contextmanager
     def checking(self, channel: Channel, peer_pool: str, plan: BlockCopyPlan, deadline: Deadline) -> Iterator[None]:
@@ -137,7 +141,7 @@ class Verifier:
         if chosen is None or not len(chosen):
             began = time.perf_counter()
             yield
-            self._sampler.copied(time.perf_counter() - began, None)
+            self._account(time.perf_counter() - began, None)
             return
         parts = list(chosen.pieces(limits.RUNS_MAX, 1 << 62))
         self._ask(channel, peer_pool, chosen, parts[0], deadline)
@@ -153,7 +157,13 @@ class Verifier:
                 self._ask(channel, peer_pool, chosen, part, deadline)
             self._compare(channel, chosen, part, deadline)
         self.pieces += len(chosen)
-        self._sampler.copied(copied - began, time.perf_counter() - copied)
+        self._account(copied - began, time.perf_counter() - copied)
+
+    def _account(self, copy_s: float, check_s: float | None) -> None:
+        if not self._sampler.is_first:
+            self.copied_s += copy_s
+            self.checked_s += check_s or 0.0
+        self._sampler.copied(copy_s, check_s)
 
     def _choose(self, plan: BlockCopyPlan) -> BlockCopyPlan | None:
         if self._mode == "off" or not len(plan):
