@@ -37,7 +37,7 @@ def bench(case: Case, peers: Peers) -> Iterator[Bench]:
         importlib.import_module("tests.contract.cuda_pool").settle(device)
     peer = peers.get(case)
     theirs = peer.ask("counts")
-    before, open_before, open_there = counts(), files(), files(peer.process.pid)
+    before, open_before, open_there = counts(), files(), files(peer.pid)
     with ExitStack() as stack:
         yield Bench(case, peer, stack)
     eventually("a thread was left behind", lambda: counts()[0] <= before[0], details=threading.enumerate)
@@ -51,5 +51,5 @@ def bench(case: Case, peers: Peers) -> Iterator[Bench]:
         eventually(
             "the peer kept a thread or a descriptor",
             lambda: all(map(int.__le__, peer.ask("counts"), theirs)),
-            details=lambda: (theirs, peer.ask("counts"), sorted(files(peer.process.pid).items() - open_there.items())),
+            details=lambda: (theirs, peer.ask("counts"), sorted(files(peer.pid).items() - open_there.items())),
         )

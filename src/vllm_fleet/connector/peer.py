@@ -208,7 +208,7 @@ class Peer:
         kept = self._channel
         same_engine = not engine or engine == self._engine
         linked = self._chosen is not None or not need_link
-        if kept is not None and same_engine and linked and self._alive(kept, deadline):
+        if kept is not None and same_engine and linked and kept.is_open():
             return kept
         self._disconnect()
         channel = connect(self._address.host, self._address.port, self._own.credentials, deadline)
@@ -224,12 +224,6 @@ class Peer:
             self._chosen = self._own.selector.choose(described.handles, self._name, deadline)
             self._verifier = Verifier(self._own.pool, self._own.checksums, np.random.default_rng())
         return channel
-
-    def _alive(self, channel: Channel, deadline: Deadline) -> bool:
-        try:
-            return isinstance(ask(channel, wire.Ping(), deadline), wire.Pong)
-        except FleetError:
-            return False
 
     def _drop_link(self) -> None:
         chosen, self._chosen = self._chosen, None

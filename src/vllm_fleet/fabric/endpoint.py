@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from vllm_fleet.core.deadline import Deadline
-from vllm_fleet.core.errors import Corrupt, PeerGone
+from vllm_fleet.core.errors import Corrupt, FleetError, PeerGone
 from vllm_fleet.fabric.plan import Ints
 from vllm_fleet.net.channel import Channel, ChannelServer, Credentials
 from vllm_fleet.wire import fabric as wire
@@ -95,18 +95,32 @@ class Endpoint:
 
 
 def ask(channel: Channel, question: wire.Question, deadline: Deadline) -> wire.Answer:
-    """Ask a peer's endpoint; its answer. Raises PeerGone, DeadlineExceeded, or Corrupt for what is no answer."""
-    channel.send(wire.encode(question), deadline)
+    """Ask a peer's endpoint; its answer. Raises PeerGone, DeadlineExceeded, or Corrupt for what is no answer.
+
+    The connection is closed then, see receive_answer().
+    """
+    try:
+        channel.send(wire.encode(question), deadline)
+    except FleetError:
+        channel.close()
+        raise
     return receive_answer(channel, deadline)
 
 
 def receive_answer(channel: Channel, deadline: Deadline) -> wire.Answer:
-    """The answer to the oldest question sent on a channel; errors as of ask()."""
-    payload = channel.receive(deadline)
+    """The answer to the oldest question sent on a channel; errors as of ask().
+
+    The connection is closed when there is none: one that comes later would be taken for that to the next question.
+    """
     try:
-        answer: wire.Answer = wire.decode_answer(payload)
-    except DECODE_ERRORS:
-        raise Corrupt(f"{channel.peer} answered {len(payload)} bytes that are no answer of the fabric") from None
+        payload = channel.receive(deadline)
+        try:
+            answer: wire.Answer = wire.decode_answer(payload)
+        except DECODE_ERRORS:
+            raise Corrupt(f"{channel.peer} answered {len(payload)} bytes that are no answer of the fabric") from None
+    except FleetError:
+        channel.close()
+        raise
     return answer
 
 
