@@ -15,7 +15,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("--plot needs matplotlib: pip install 'vllm-fleet[bench]'") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     styles = {"transport": "-", "ceiling": ":", "library": "--"}
@@ -30,7 +30,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("MiB of scattered 32 KiB blocks")
     axes.set_ylabel("GB/s (median)")
-    axes.set_title(f"KV between two processes, {report['memory']} memory")
+    axes.set_title(f"KV between two processes, {report['memory'].replace('cpu', 'CPU')} memory")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")  # beside the lines, not over them
     figure.savefig(file, dpi=120)
