@@ -42,7 +42,7 @@ def test_a_killed_peer_is_an_error_that_says_so(bench: Bench) -> None:
     link = reader.connect(peer)
     os.kill(peer.pid, signal.SIGKILL)
     peer.process.wait(10)
-    with pytest.raises(TransferError, match=r"gone|closed|broke|connect|lost|dis"):
+    with pytest.raises(TransferError, match=r"gone|closed|broke|cannot connect|lost|disconnect"):
         link.read(reader.plan([1], [1])).wait(soon())
 
 

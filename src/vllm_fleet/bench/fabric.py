@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psutil
@@ -18,6 +19,7 @@ from vllm_fleet.bench.arena import Arena
 from vllm_fleet.bench.blocks import BLOCK_BYTES, REGIONS, scattered
 from vllm_fleet.bench.contenders import Case, Contender, Gather, Memcpy, OurTransport, RawLibrary, RawStream
 from vllm_fleet.core.errors import FleetError
+from vllm_fleet.fabric.integrity import Mode
 
 PAIRS = (
     ("cma", "memcpy in one process"),
@@ -49,7 +51,7 @@ class Wanted:
     against: tuple[str, ...]
     sizes: tuple[int, ...]
     rounds: int
-    checksums: tuple[str, ...] = ()
+    checksums: tuple[Mode, ...] = ()
     """Modes that each transport is run with besides off."""
     cuda: tuple[int, int] | None = None
     """This side's and the owner's CUDA device; None: CPU memory."""
@@ -140,19 +142,19 @@ def _contenders(arena: Arena, wanted: Wanted, refused: dict[str, str], say: Say)
     for name in wanted.transports:
         if name in refused:
             continue
-        add(name, lambda name=name: OurTransport(arena, name))  # type: ignore[misc]
+        add(name, partial(OurTransport, arena, name))
         for mode in wanted.checksums:
-            add(f"{name} {mode}", lambda name=name, mode=mode: OurTransport(arena, name, mode))  # type: ignore[misc]
+            add(f"{name} {mode}", partial(OurTransport, arena, name, mode))
     if wanted.cuda is None:
         memcpy = Memcpy(arena.nbytes)
         made += [memcpy, Gather(memcpy)]
-        add("raw stream", lambda: RawStream(arena))
+        add("raw stream", partial(RawStream, arena))
     else:
         from vllm_fleet.bench.contenders_cuda import PeerCopy
 
-        add("peer copy", lambda: PeerCopy(arena.nbytes, wanted.cuda))  # type: ignore[arg-type]
+        add("peer copy", partial(PeerCopy, arena.nbytes, wanted.cuda))
     for name in wanted.against:
-        add(name, lambda name=name: RawLibrary(name, arena.nbytes))  # type: ignore[misc]
+        add(name, partial(RawLibrary, name, arena.nbytes))
     return made
 
 

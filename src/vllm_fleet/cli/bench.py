@@ -15,8 +15,10 @@ from vllm_fleet.bench.plot import plot as draw
 from vllm_fleet.bench.raw_runner import LIBRARIES
 from vllm_fleet.core import log
 from vllm_fleet.core.errors import BadRequest
+from vllm_fleet.fabric.integrity import Mode
 from vllm_fleet.fabric.transports import TRANSPORTS
 
+MODES: tuple[Mode, ...] = ("sampled", "full")
 UNITS = {"KiB": 10, "MiB": 20, "GiB": 30}
 NOT_BENCHED = ("memory",)
 
@@ -74,12 +76,13 @@ def bench_fabric(
         screen.print(f"{free >> 20} MiB are free: sizes up to {max(fitting, default=0) >> 20} MiB are run")
     if not fitting:
         raise BadRequest(f"--sizes: {free >> 20} MiB of memory are free, too few for {min(asked) >> 20} MiB")
+    asked_modes = parse_names(checksums, MODES, "--checksums")
     wanted = fabric.Wanted(
         transports=parse_names(transports, known, "--transport"),
         against=libraries,
         sizes=fitting,
         rounds=rounds,
-        checksums=parse_names(checksums, ("sampled", "full"), "--checksums"),
+        checksums=tuple(mode for mode in MODES if mode in asked_modes),
         cuda=devices,
     )
     with screen.status("starting") as status:

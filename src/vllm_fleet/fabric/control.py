@@ -127,7 +127,7 @@ class Control:
 
     def check_alive(self) -> None:
         """PeerGone when the owner has closed the connection; does not wait."""
-        if self._channel is None or has_left(self._channel):
+        if self._channel is None or not self._channel.is_open():
             raise PeerGone(f"{self.peer} closed the connection in the middle of a transfer")
 
     def close(self) -> None:
@@ -135,13 +135,6 @@ class Control:
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
-
-
-def has_left(channel: Channel) -> bool:
-    """Whether the peer has closed the connection; does not wait."""
-    heard = select.poll()  # first, since a Python socket with a timeout waits in recv() even with MSG_DONTWAIT
-    heard.register(channel.socket, select.POLLIN)
-    return bool(heard.poll(0)) and not channel.is_open()
 
 
 def serve_checks(endpoint: Endpoint, owned: OwnedPool, kind: type[wire.NixlCheck]) -> None:

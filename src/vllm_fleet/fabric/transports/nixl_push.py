@@ -12,7 +12,7 @@ import numpy as np
 
 from vllm_fleet.core.errors import Corrupt, FleetError, LinkError, PeerGone
 from vllm_fleet.fabric.contract import TransferError
-from vllm_fleet.fabric.control import IDLE_S, has_left
+from vllm_fleet.fabric.control import IDLE_S
 from vllm_fleet.fabric.endpoint import Endpoint
 from vllm_fleet.fabric.owner import OwnedPool, Runs
 from vllm_fleet.fabric.pacing import Pause
@@ -119,7 +119,7 @@ class Pusher:
             while not batch.done():
                 if not pause():
                     continue
-                if has_left(channel):
+                if not channel.is_open():
                     raise PeerGone(f"{channel.peer} went away in the middle of a push")
                 if self._agent is not agent:
                     raise TransferError("the pool was withdrawn in the middle of a push")
