@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
 pytest.importorskip("triton")
+pytest.importorskip("torch")
 import torch
 
 from vllm_fleet.fabric.transports.cuda import staging

@@ -246,7 +246,7 @@ async def test_the_deadline_ends_a_request(stage: str) -> None:
     busy = p if stage == "p" else d
     busy.fault = "silent"
     # Long enough to reach decode on a machine that stalls: ended before, the request would cancel nothing there.
-    async with fleet(p, d, request_timeout_s=1.0) as up:
+    async with fleet(p, d, request_timeout_s=0.3 if stage == "p" else 1.0) as up:
         status, body, _ = await up.post({"prompt": "hi"})
         assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
         assert "router.request_timeout_s" in body["error"]["message"]
