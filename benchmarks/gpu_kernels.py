@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -136,10 +137,10 @@ def ways(total: int, device: int, peer: PoolHandle, transport: CudaIpcTransport,
         found[name] = bare(device, stream, rows, setting)
     link = transport.connect(peer, Deadline.after(60, "benchmark"))
     plan = BlockCopyPlan("benchmark", region, offset, own_offset, nbytes)
-    found["link.read"] = lambda: link.read(plan).wait(Deadline.after(60, "benchmark"))
+    found["link.read"] = lambda: link.read(replace(plan)).wait(Deadline.after(60, "benchmark"))
 
     def link_queued() -> None:
-        transfers = [link.read(plan) for _ in range(4)]
+        transfers = [link.read(replace(plan)) for _ in range(4)]
         for transfer in transfers:
             transfer.wait(Deadline.after(60, "benchmark"))
 

@@ -1,10 +1,11 @@
 """The nccl transport between two GPUs of one host: scattered 32 KiB blocks, against contiguous copies in the same run.
 
-    python -m benchmarks.gpu_nccl [--json PATH] [--rounds N]
+    python -m benchmarks.gpu_nccl [--out PATH] [--rounds N] [--only bare|reads]
 
-Columns: contiguous peer copy (the ceiling), contiguous ncclSend/ncclRecv of one buffer, and reads of scattered blocks
-through the transport for some sizes of staging, from Link.read() to the end of wait(): the question over the control
-connection, gather, wire, scatter and the owner's confirmation are all in it. Interleaved rounds, medians.
+``bare`` sweeps what a link may do with its streams (benchmarks/gpu_nccl_bare.py): size and number of staging buffers,
+communicators, CTAs, registered staging, grouped calls, gather and scatter kernels; without the conversation. ``reads``
+are whole reads through the transport with some settings, from Link.read() to the end of wait(): question, gather, wire,
+scatter and the owner's confirmation. Each with the contiguous peer copy, in interleaved rounds; medians.
 """
 
 from __future__ import annotations
@@ -26,33 +27,33 @@ import msgspec
 import numpy as np
 import torch
 
+from benchmarks.gpu_nccl_bare import BLOCK, MIB, NO_COPY, Side, Way, described, full_ways, wire_ways
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.fabric.contract import KVPool, Region
 from vllm_fleet.fabric.endpoint import Endpoint
 from vllm_fleet.fabric.plan import BlockCopyPlan, BlockShape, plan_blocks
 from vllm_fleet.fabric.rendezvous import Meeting
-from vllm_fleet.fabric.transports.cuda.communicator import Communicator, Tuning
-from vllm_fleet.fabric.transports.cuda.pipe import PROGRAMS
+from vllm_fleet.fabric.transports.cuda.nccl_tuning import Tuning
 from vllm_fleet.fabric.transports.nccl import NcclTransport
 from vllm_fleet.net import sockets
 from vllm_fleet.net.channel import Credentials
 from vllm_fleet.wire.fabric import PoolHandle
 
-BLOCK = 32 << 10
 POOL = 6 << 30
-MIB = 1 << 20
-SIZES = (32 * MIB, 128 * MIB, 1024 * MIB, 4096 * MIB)
+BARE_SIZES = (128 * MIB, 1024 * MIB)
+READ_SIZES = (32 * MIB, 128 * MIB, 1024 * MIB, 4096 * MIB)
 TUNINGS = (
-    Tuning(31 * MIB, 2, 32, lanes=1),
-    Tuning(15 * MIB, 4, 32, lanes=1),
-    Tuning(15 * MIB, 4, 12, lanes=2),
-    Tuning(15 * MIB, 4, 16, lanes=2),
-    Tuning(15 * MIB, 4, 32, lanes=2),
-    Tuning(10 * MIB, 6, 16, lanes=2),
-    Tuning(10 * MIB, 6, 12, lanes=3),
-    Tuning(10 * MIB, 6, 16, lanes=3),
+    Tuning(),
+    Tuning(programs=64),
+    Tuning(programs=64, uploaded=True),
+    Tuning(programs=64, ctas_max=32),
+    Tuning(programs=64, registered=True),
+    Tuning(20 * MIB, 3, programs=64),
+    Tuning(20 * MIB, 3, ctas_max=32, programs=64),
+    Tuning(31 * MIB, 2, ctas_max=32, lanes=1, programs=64),
 )
-RAW = Tuning(ctas_max=32, lanes=1)
+WARM = 2
+BEST = 8
 SECRET = Credentials("bench", bytes(32))
 
 
@@ -86,35 +87,33 @@ def serve(tuning: Tuning) -> tuple[Endpoint, NcclTransport]:
     return endpoint, NcclTransport(endpoint, tuning)
 
 
-def owner(pipe: Connection) -> None:
-    """GPU 1: serve a pool; then, for each size on the pipe, send that many bytes through a communicator of its own."""
+def owner(pipe: Connection, bare: bool) -> None:
+    """GPU 1: serve a pool; then send what each message on the pipe names, (way, bytes), and answer the host's time.
+
+    The owner's own settings (programs, registered, uploaded) are those of a transport for each of TUNINGS.
+    """
     torch.cuda.set_device(1)
-    endpoint, transport = serve(Tuning(10 * MIB, 6))
     pool, tensor = make_pool(1)
-    pipe.send_bytes(msgspec.msgpack.encode(transport.register(pool)))
-    endpoint.start()
-    raw = Communicator(Given(1, pipe), 1, RAW, lambda: None, Deadline.after(60, "bench"))
-    stream = torch.cuda.Stream(1)
-    connect(raw, tensor, stream)
-    while nbytes := int.from_bytes(pipe.recv_bytes()):
-        raw.send(tensor.data_ptr(), nbytes, stream.cuda_stream)
-        stream.synchronize()
-    transport.close()
-    endpoint.close()
-
-
-def connect(raw: Communicator, tensor: Any, stream: Any) -> None:
-    """Both sides' first message."""
-    raw.exchange(
-        tensor.data_ptr(), tensor.data_ptr() + MIB, MIB, stream.cuda_stream, lambda: None, Deadline.after(60, "bench")
-    )
-    stream.synchronize()
-
-
-def seconds(work: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+    served = [serve(tuning) for tuning in TUNINGS]
+    handles = [transport.register(pool) for _, transport in served]
+    pipe.send_bytes(msgspec.msgpack.encode(handles))
+    for endpoint, _ in served:
+        endpoint.start()
+    if bare:
+        side = Side(Given(1, pipe), 1, tensor.data_ptr(), POOL)
+        ways = [*wire_ways(), *full_ways()]
+        for way in ways:
+            for nbytes in BARE_SIZES:
+                side.prepare(way, nbytes, sending=True)
+        pipe.send_bytes(b"ready")
+        while (asked := msgspec.msgpack.decode(pipe.recv_bytes(), type=tuple[int, int])) != (0, 0):
+            spent = side.move(ways[asked[0]], asked[1], sending=True)
+            pipe.send_bytes(msgspec.msgpack.encode(spent))
+        side.close()
+    pipe.recv_bytes()  # the end
+    for endpoint, transport in served:
+        transport.close()
+        endpoint.close()
 
 
 class Bench:
@@ -123,54 +122,112 @@ class Bench:
     def __init__(self, pipe: Connection) -> None:
         torch.cuda.set_device(0)
         self.pipe = pipe
-        self.peer = msgspec.msgpack.decode(pipe.recv_bytes(), type=PoolHandle)
-        self.raw = Communicator(Given(0, pipe), 0, RAW, lambda: None, Deadline.after(60, "bench"))
-        self.stream = torch.cuda.Stream(0)
+        self.peers = msgspec.msgpack.decode(pipe.recv_bytes(), type=list[PoolHandle])
         self.pool, self.tensor = make_pool(0)
-        connect(self.raw, self.tensor, self.stream)
-        self.far: Any = torch.zeros(SIZES[-1], dtype=torch.uint8, device="cuda:1")
+        self.far: Any = torch.zeros(READ_SIZES[-1], dtype=torch.uint8, device="cuda:1")
         torch.cuda.synchronize(1)
-        self.served = [serve(tuning) for tuning in TUNINGS]
-        self.links = []
-        for _, transport in self.served:
-            transport.register(self.pool)
-            self.links.append(transport.connect(self.peer, Deadline.after(60, "bench")))
+        self.stream = torch.cuda.Stream(0)
 
     def copy(self, nbytes: int) -> float:
-        """Contiguous copy from GPU 1's memory, in this process."""
-        return self._between(lambda: self.tensor[:nbytes].copy_(self.far[:nbytes], non_blocking=True))
-
-    def receive(self, nbytes: int) -> float:
-        """Contiguous ncclSend/ncclRecv of one buffer; both sides' calls are in it, the pipe's message too."""
-
-        def both() -> None:
-            self.pipe.send_bytes(nbytes.to_bytes(8))
-            self.raw.receive(self.tensor.data_ptr(), nbytes, self.stream.cuda_stream)
-
-        return self._between(both)
-
-    def _between(self, work: Callable[[], Any]) -> float:
-        """Seconds between two events around what ``work`` enqueues."""
+        """Seconds of a contiguous copy from GPU 1's memory, in this process."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         with torch.cuda.stream(self.stream):
             self.stream.synchronize()
             events[0].record()
-            work()
+            self.tensor[:nbytes].copy_(self.far[:nbytes], non_blocking=True)
             events[1].record()
             events[1].synchronize()
         return float(events[0].elapsed_time(events[1])) / 1000
 
-    def read(self, link: int, nbytes: int) -> float:
-        """One scattered read through a link."""
-        plan = scattered(nbytes)
-        return seconds(lambda: self.links[link].read(plan).wait(Deadline.after(30, "bench")))
 
-    def close(self) -> None:
-        self.pipe.send_bytes(b"")
-        for endpoint, transport in self.served:
-            transport.close()
-            endpoint.close()
-        self.raw.abort()
+def gbps(nbytes: int, seconds: list[float]) -> float:
+    return round(nbytes / statistics.median(seconds) / 1e9, 1)
+
+
+def sweep(bench: Bench, rounds: int) -> dict[str, Any]:
+    """All ways of gpu_nccl_bare."""
+    side = Side(Given(0, bench.pipe), 0, bench.tensor.data_ptr(), POOL)
+    ways = [*wire_ways(), *full_ways()]
+    for way in ways:
+        for nbytes in BARE_SIZES:
+            side.prepare(way, nbytes, sending=False)
+    assert bench.pipe.recv_bytes() == b"ready"
+    sizes: dict[str, Any] = {}
+    for nbytes in BARE_SIZES:
+        took: list[list[float]] = [[] for _ in ways]
+        host: list[list[float]] = [[] for _ in ways]
+        copies: list[float] = []
+        for turn in range(rounds + WARM):
+            for index, way in enumerate(ways):
+                bench.pipe.send_bytes(msgspec.msgpack.encode((index, nbytes)))
+                own = side.move(way, nbytes, sending=False)
+                spent = side.wait()
+                theirs = msgspec.msgpack.decode(bench.pipe.recv_bytes(), type=float)
+                if turn >= WARM:
+                    took[index].append(spent)
+                    host[index].append(max(own, theirs) / len(way.sizes(nbytes)))
+                if index % 20 == 0 and turn >= WARM:
+                    copies.append(bench.copy(nbytes))
+        peer = gbps(nbytes, copies)
+        rows = [
+            described(way) | {"name": str(way), "GB/s": speed, "share": round(speed / peer, 3), "host us/message": busy}
+            for way, speed, busy in zip(
+                ways,
+                [gbps(nbytes, one) for one in took],
+                [round(statistics.median(one) * 1e6, 1) for one in host],
+                strict=True,
+            )
+        ]
+        alone = {
+            f"{copy} {grid}": gbps(nbytes, [side.gather_alone(way, nbytes) for _ in range(rounds)])
+            for copy in ("pinned", "uploaded")
+            for grid in (32, 64, 96)
+            for way in [Way(15, 4, 2, 16, copy=copy, programs=grid)]
+        }
+        sizes[str(nbytes // MIB)] = {"peer copy": peer, "scatter alone": alone, "ways": rows}
+    bench.pipe.send_bytes(msgspec.msgpack.encode((0, 0)))
+    side.close()
+    return sizes
+
+
+def reads(bench: Bench, rounds: int) -> list[dict[str, Any]]:
+    """Whole reads through the transport, one link for each of TUNINGS; one row for each size."""
+    served = [serve(tuning) for tuning in TUNINGS]
+    ways: dict[str, Callable[[BlockCopyPlan], object]] = {}
+    for (endpoint, transport), tuning, peer in zip(served, TUNINGS, bench.peers, strict=True):
+        transport.register(bench.pool)
+        endpoint.start()
+        link = transport.connect(peer, Deadline.after(60, "bench"))
+        ways[named(tuning)] = lambda plan, link=link: link.read(plan).wait(Deadline.after(30, "bench"))  # type: ignore[misc]
+    rows = []
+    for nbytes in READ_SIZES:
+        plan = scattered(nbytes)
+        took: dict[str, list[float]] = {name: [] for name in ways}
+        copies = []
+        for turn in range(rounds + WARM):
+            copies.append(bench.copy(nbytes))
+            for name, way in ways.items():
+                began = time.perf_counter()
+                way(plan)
+                if turn >= WARM:
+                    took[name].append(time.perf_counter() - began)
+        rows.append(
+            {"mib": nbytes // MIB, "peer copy": gbps(nbytes, copies[WARM:])}
+            | {name: gbps(nbytes, spent) for name, spent in took.items()}
+            | {"best": {name: gbps(nbytes, [min(spent)]) for name, spent in took.items()}}
+        )
+    for endpoint, transport in served:
+        transport.close()
+        endpoint.close()
+    return rows
+
+
+def named(tuning: Tuning) -> str:
+    more = "registered" * tuning.registered + "uploaded" * tuning.uploaded
+    return (
+        f"{tuning.chunk_bytes // MIB} MiB x {tuning.buffers}, {tuning.lanes} x {tuning.ctas_max} CTAs, "
+        f"{tuning.programs} programs {more}".rstrip()
+    )
 
 
 def scattered(nbytes: int) -> BlockCopyPlan:
@@ -179,54 +236,54 @@ def scattered(nbytes: int) -> BlockCopyPlan:
     return plan_blocks([BlockShape(BLOCK, BLOCK, POOL // BLOCK)], sources, targets, "bench")  # type: ignore[arg-type]
 
 
-def measure(bench: Bench, rounds: int) -> list[dict[str, Any]]:
-    """One row for each size: GB/s, medians of interleaved rounds."""
-    ways: dict[str, Callable[[int], float]] = {"peer copy": bench.copy, "ncclRecv": bench.receive}
-    for index, tuning in enumerate(TUNINGS):
-        name = f"{tuning.chunk_bytes // MIB} MiB x {tuning.buffers}, {tuning.lanes} x {tuning.ctas_max} CTAs"
-        ways[name] = lambda nbytes, index=index: bench.read(index, nbytes)  # type: ignore[misc]
-    rows = []
-    for nbytes in SIZES:
-        took: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(rounds + 3):
-            for name, way in ways.items():
-                spent = way(nbytes)
-                if turn >= 3:
-                    took[name].append(spent)
-        rows.append(
-            {"mib": nbytes // MIB}
-            | {name: round(nbytes / statistics.median(spent) / 1e9, 1) for name, spent in took.items()}
-            | {"best": {name: round(nbytes / min(spent) / 1e9, 1) for name, spent in took.items()}}
-        )
-    return rows
+def print_sweep(sizes: dict[str, Any]) -> None:
+    for mib, found in sizes.items():
+        print(f"\nbare, {mib} MiB: peer copy {found['peer copy']} GB/s; scatter alone {found['scatter alone']}")
+        for title, copied in (("messages alone", False), ("with gather and scatter", True)):
+            rows = [row for row in found["ways"] if (row["copy"] != NO_COPY) == copied]
+            print(f"  {title}: best {BEST} of {len(rows)}")
+            for row in sorted(rows, key=lambda row: -float(row["share"]))[:BEST]:
+                speed, busy = row["GB/s"], row["host us/message"]
+                print(f"    {row['share']:5.2f} {speed:7} GB/s {busy:6} us/message  {row['name']}")
+
+
+def print_reads(rows: list[dict[str, Any]]) -> None:
+    print("\nreads, GB/s (share of the peer copy):", *(f"{row['mib']} MiB" for row in rows))
+    for name in rows[0]:
+        if name not in ("best", "mib"):
+            print(f"  {name:52}", *(f"{row[name]:7} ({row[name] / row['peer copy']:.2f})" for row in rows))
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--json", type=Path)
-    arguments.add_argument("--rounds", type=int, default=15)
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--out", "--json", type=Path, help="where to write everything as JSON")
+    arguments.add_argument("--rounds", type=int, default=5, help="rounds of the sweep; reads take three times as many")
+    arguments.add_argument("--only", choices=("bare", "reads"))
     chosen = arguments.parse_args()
+    began = time.monotonic()
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=owner, args=(theirs,), daemon=True)
+    process = context.Process(target=owner, args=(theirs, chosen.only != "reads"), daemon=True)
     process.start()
     bench = Bench(ours)
-    rows = measure(bench, chosen.rounds)
-    bench.close()
+    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__}
+    result |= {"nccl": torch.cuda.nccl.version(), "cores": os.cpu_count(), "python": platform.python_version()}
+    result |= {"kernel": platform.release().partition("-")[0], "date": time.strftime("%Y-%m-%d")}
+    result |= {"command": " ".join(["python -m benchmarks.gpu_nccl", *sys.argv[1:]]), "rounds": chosen.rounds}
+    if chosen.only != "reads":
+        result["bare"] = sweep(bench, chosen.rounds)
+    if chosen.only != "bare":
+        result["reads"] = reads(bench, 3 * chosen.rounds)
+    bench.pipe.send_bytes(b"end")
     process.join(30)
-    for name in rows[0]:
-        if name != "best":
-            print(f"{name:28}", *(f"{row[name]:8}" for row in rows))
-    share = {row["mib"]: round(max(v for k, v in row.items() if "CTAs" in k) / row["peer copy"], 3) for row in rows}
-    print("share of the peer copy, best variant of each size:", share)
-    if chosen.json:
-        multiprocessors = {"nccl": "at most the CTAs named", "copy kernel": PROGRAMS}
-        result = {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "rows": rows}
-        result["share, best variant of each size"] = share
-        result |= {"nccl": torch.cuda.nccl.version(), "cores": os.cpu_count(), "python": platform.python_version()}
-        result |= {"kernel": platform.release().partition("-")[0], "date": time.strftime("%Y-%m-%d")}
-        result |= {"command": " ".join(["python -m benchmarks.gpu_nccl", *sys.argv[1:]]), "rounds": chosen.rounds}
-        chosen.json.write_text(json.dumps(result | {"multiprocessors": multiprocessors}, indent=1) + "\n")
+    result["seconds"] = round(time.monotonic() - began, 1)
+    if chosen.out:
+        chosen.out.write_text(json.dumps(result, indent=1) + "\n")
+    if "bare" in result:
+        print_sweep(result["bare"])
+    if "reads" in result:
+        print_reads(result["reads"])
+    print(f"{result['seconds']} s")
 
 
 if __name__ == "__main__":

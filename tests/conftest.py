@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 
 MODEL = Path(__file__).parents[1] / "examples" / "recall" / "fleet-recall"
+HANDOFFS = {"cma": "streamed", "tcp": "sequential"}
+"""How the shared fleets hand over: both ways and both transports are run, in two fleets."""
+
 COMMAND = str(Path(sys.executable).parent / "vllm-fleet")
 
 
@@ -87,7 +90,9 @@ class SharedFleets:
         if self._running is None or self._transport != transport:
             self.stop()
             home = self._factory.mktemp(transport)
-            self._running = self._stack.enter_context(running_fleet(home, "--transport", transport))
+            config = home / "fleet.yaml"
+            config.write_text(f"fabric: {{transports: [{transport}]}}\nrouter: {{handoff: {HANDOFFS[transport]}}}\n")
+            self._running = self._stack.enter_context(running_fleet(home, "--config", str(config)))
             self._transport = transport
         return self._running
 
@@ -106,13 +111,13 @@ def shared_fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedFl
 
 @pytest.fixture
 def cma_fleet(shared_fleets: SharedFleets) -> RunningFleet:
-    """A fleet whose links are cma."""
+    """A fleet whose links are cma, with streamed handoffs."""
     return shared_fleets.get("cma")
 
 
 @pytest.fixture
 def tcp_fleet(shared_fleets: SharedFleets) -> RunningFleet:
-    """A fleet whose links are tcp."""
+    """A fleet whose links are tcp, with sequential handoffs."""
     return shared_fleets.get("tcp")
 
 

@@ -167,18 +167,32 @@ def test_a_replayed_handshake_gets_nothing(cma_fleet: RunningFleet) -> None:
     works(cma_fleet, 3)
 
 
+def answer(channel: Channel, question: wire.Question) -> wire.Answer:
+    deadline = Deadline.after(10, "test")
+    channel.send(wire.encode(question), deadline)
+    found: wire.Answer = wire.decode_answer(channel.receive(deadline))
+    return found
+
+
 def test_hostile_questions_of_a_trusted_peer(cma_fleet: RunningFleet) -> None:
     """Even with the token, a peer names no address and gets no block that is not held for it."""
-    port = fabric_ports(cma_fleet)["prefill-0"]
+    port, unknown, prompt = fabric_ports(cma_fleet)["prefill-0"], "no-such-transfer", bytes(32)
     with contextlib.closing(trusted(cma_fleet, port)) as channel:
-        deadline = Deadline.after(10, "test")
-        for question in (wire.Open("no-such-transfer"), wire.Read("no-such-grant", "pool", bytes(24))):
-            channel.send(wire.encode(question), deadline)
-            assert isinstance(wire.decode_answer(channel.receive(deadline)), wire.Denied)
-        channel.send(wire.encode(wire.Close("no-such-transfer", taken=True)), deadline)
-        assert wire.decode_answer(channel.receive(deadline)) == wire.Closed(valid=False)
+        for question in (wire.Open(unknown, prompt, "nobody"), wire.Read("no-such-grant", "pool", bytes(24))):
+            assert isinstance(answer(channel, question), wire.Denied)
+        assert answer(channel, wire.Close(unknown, taken=True)) == wire.Closed(valid=False)
+    with contextlib.closing(trusted(cma_fleet, port)) as heard, contextlib.closing(trusted(cma_fleet, port)) as channel:
+        assert answer(heard, wire.Follow("hostile")) == wire.Following()
+        described = answer(channel, wire.Describe())
+        assert isinstance(described, wire.Description)
+        first_bytes = struct.pack("<3q", 0, 0, 64)
+        assert answer(channel, wire.Open(unknown, prompt, "hostile")) == wire.Opened((), 0)  # it may begin yet
+        for handle in described.handles:
+            assert answer(channel, wire.Digest(unknown, handle.pool, first_bytes)) == wire.Denied("not_granted")
+        assert answer(channel, wire.Close(unknown, taken=False)) == wire.Closed(valid=True)
+        assert answer(channel, wire.Open(unknown, prompt, "hostile")) == wire.Denied("already_open")
     with contextlib.closing(trusted(cma_fleet, port)) as channel:
-        channel.send(b"\xc1 no message", deadline)
+        channel.send(b"\xc1 no message", Deadline.after(10, "test"))
         with pytest.raises(FleetError):
             channel.receive(Deadline.after(5, "test"))
     works(cma_fleet, 4)

@@ -9,6 +9,7 @@ import socket
 import numpy as np
 
 from tests.fuzz.targets import TOKEN, Owned, mutate, samples_of
+from vllm_fleet.connector.jobs import HoldJob
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.net.channel import Channel, Credentials, connect
 from vllm_fleet.wire import fabric as wire
@@ -27,7 +28,18 @@ class Live:
         self.owned = Owned()
         pool = self.owned.handles["tcp"].pool
         runs = np.array([[0, 0, 64], [1, 4032, 64]], "<i8").tobytes()
-        good = (wire.Read("g", pool, runs), wire.Write("g", pool, runs), wire.Probe(pool), wire.Ping(), wire.Describe())
+        good = (
+            wire.Read("g", pool, runs),
+            wire.Write("g", pool, runs),
+            wire.Probe(pool),
+            wire.Ping(),
+            wire.Describe(),
+            wire.Follow("f"),
+            wire.Open("held", bytes(32), "f"),
+            wire.Open("t", bytes(32), "f", 1, 2),
+            wire.Close("held", taken=True),
+            wire.Close("t", taken=False, reader=1),
+        )
         self._samples = [*map(wire.encode, good), *samples_of(wire.Question)]
         hello = ClientHandshake(TOKEN, "f").start()
         self._streams = [
@@ -42,6 +54,7 @@ class Live:
 
         AssertionError when the endpoint does not end the connection.
         """
+        self.owned.holder.begin([], [], [HoldJob("held", "request", bytes(32), (0, 1), 8)])
         payloads = [mutate(rng, self._samples)]
         while _is_question(payloads[-1]) and len(payloads) < SESSION_INPUTS:
             payloads.append(mutate(rng, self._samples))

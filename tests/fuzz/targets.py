@@ -6,6 +6,7 @@ import base64
 import functools
 import importlib
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from vllm_fleet.connector.holder import Holder
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import AuthError, BadRequest, Corrupt, FleetError, LinkError
 from vllm_fleet.fabric.contract import KVPool, Region
@@ -133,6 +135,7 @@ def samples_of(message: Any) -> list[bytes]:
 def codecs() -> list[Target]:
     """The decoders: pure functions of bytes."""
     handle = msgspec.msgpack.Decoder(wire.PoolHandle).decode
+    tickets = samples_of(ticket.Ticket | ticket.StreamTicket)
     targets = [
         Target("questions", samples_of(wire.Question), wire.decode_question, DECODE_ERRORS, 4),
         Target("answers", samples_of(wire.Answer), wire.decode_answer, DECODE_ERRORS, 4),
@@ -140,10 +143,8 @@ def codecs() -> list[Target]:
         Target("frames", [encode_frame(b"abc") * 3, encode_frame(bytes(64))], _frames, (Corrupt,)),
         Target("handshake, server", _client_messages(), _server, (AuthError,), 2),
         Target("handshake, client", _server_messages(), _client, (AuthError, LinkError), 2),
-        Target(
-            "tickets", [_seal(body).encode() for body in samples_of(ticket.Ticket)], _ticket, (BadRequest, AuthError)
-        ),
-        Target("tickets, signed", samples_of(ticket.Ticket), _signed_ticket, (BadRequest,)),
+        Target("tickets", [_seal(body).encode() for body in tickets], _ticket, (BadRequest, AuthError)),
+        Target("tickets, signed", tickets, _signed_ticket, (BadRequest,)),
     ]
     for name, place in DETAILS.items():
         module, _, attribute = place.partition(":")
@@ -222,6 +223,8 @@ class Owned:
         self.id = self.owned.register(self.pool)
         self.transports = {name: load(name)(self.endpoint) for name in ("cma", "memory", "tcp")}
         self.handles = {name: transport.register(self.pool) for name, transport in self.transports.items()}
+        self.holder = Holder(self.endpoint, threading.Condition(), lease_s=30.0, hold_s=60.0)
+        self.holder.use_pool(self.pool)
         self.endpoint.start()
 
     def targets(self) -> list[Target]:

@@ -67,6 +67,61 @@ def test_a_plan_of_several_parts_in_scattered_blocks_both_ways(bench: Bench) -> 
     assert same(reader.memory.read_back(), peer.arrays)
 
 
+def test_a_prepared_plan_is_read_and_only_the_last_ones_stay_prepared(bench: Bench) -> None:
+    peer, reader = bench.start()
+    link = reader.connect(peer)
+    plans = [reader.plan([block], [block]) for block in range(12)]
+    for plan in plans:
+        link.prepare(plan)
+    for plan in plans:
+        link.read(plan).wait(soon())
+    blocks = list(range(12))
+    check(peer, reader, blocks, blocks)
+    link.close()
+    link.prepare(plans[0])
+    with pytest.raises(TransferError, match="closed"):
+        link.read(plans[0]).wait(soon())
+
+
+def test_a_prepared_plan_follows_what_is_in_the_blocks_when_it_is_read(bench: Bench) -> None:
+    peer, reader = bench.start()
+    link = reader.connect(peer)
+    plan = reader.whole()
+    for value in (3, 200, 7):
+        link.prepare(plan)
+        peer.ask("set", value=value)
+        link.read(plan).wait(soon())
+        assert reader.holds(value)
+
+
+def test_a_plan_that_was_prepared_before_the_memory_was_withdrawn_fails(bench: Bench) -> None:
+    peer, reader = bench.start()
+    link = reader.connect(peer)
+    plan = reader.whole()
+    link.prepare(plan)
+    peer.ask("reuse", value=9)
+    with pytest.raises(TransferError):
+        link.read(plan).wait(soon())
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_memory_withdrawn_while_it_is_read_is_right_or_refused(bench: Bench, prepared: bool) -> None:
+    for _ in range(3):
+        peer, reader = bench.start(1024, 32 << 10)
+        link = reader.connect(peer)
+        plans = [reader.whole() for _ in range(4)]
+        for plan in plans if prepared else []:
+            link.prepare(plan)
+        peer.tell("reuse", value=9)
+        for plan in plans:
+            if not right_or_failed(link.read(plan), reader, peer):
+                break
+        peer.hear()
+        with pytest.raises(TransferError):
+            link.read(reader.plan([1], [1])).wait(soon())
+        reader.close()
+
+
 def test_memory_of_a_dead_owner_is_unmapped_while_nothing_is_asked(bench: Bench) -> None:
     peer = bench.new_peer()
     peer.make(4096, 256 << 10)  # 2 GiB

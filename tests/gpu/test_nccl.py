@@ -28,6 +28,7 @@ from vllm_fleet.core.errors import DeadlineExceeded, LinkError, PeerGone  # noqa
 from vllm_fleet.fabric.contract import KVPool, Link, TransferCancelledError, TransferError  # noqa: E402
 from vllm_fleet.fabric.endpoint import Endpoint  # noqa: E402
 from vllm_fleet.fabric.plan import BlockCopyPlan, BlockShape, plan_blocks  # noqa: E402
+from vllm_fleet.fabric.transports.cuda.nccl_tuning import Tuning  # noqa: E402
 from vllm_fleet.fabric.transports.nccl import NcclTransport  # noqa: E402
 from vllm_fleet.net import sockets  # noqa: E402
 from vllm_fleet.net.channel import Credentials  # noqa: E402
@@ -336,6 +337,44 @@ def test_threads_and_files_end_with_their_links(stack: ExitStack, peers: Any) ->
     _until(lambda: threading.active_count() <= threads)
     _until(lambda: len(os.listdir("/proc/self/fd")) <= files)
     _until(lambda: peers[LARGE].ask("sessions") == "0")
+
+
+def test_cancels_while_the_link_meets_again_leave_no_files(stack: ExitStack, peers: Any) -> None:
+    """NCCL's listening sockets for ids that nobody joined any more were left by each."""
+    peer, reader = peers[LARGE], reader_of(stack, LARGE)
+    link = reader.connect(peer)
+    files, theirs = (len(os.listdir(f"/proc/{pid}/fd")) for pid in ("self", peer.process.pid))
+    for pause_s in (0.0, 0.005, 0.05, 0.2, 0.4, 0.01, 0.1, 0.3):
+        transfer = link.read(reader.plan([1], [1]))
+        time.sleep(pause_s)  # at another point of forming the communicators each time
+        transfer.cancel()
+        link._copier.interrupt()  # type: ignore[attr-defined] # so that the next one forms them anew, even if this was done
+    link.read(reader.plan([1], [1])).wait(soon())
+    _until(lambda: len(os.listdir("/proc/self/fd")) <= files)
+    _until(lambda: len(os.listdir(f"/proc/{peer.process.pid}/fd")) <= theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk_bytes": 31 << 20, "buffers": 2, "lanes": 1, "ctas_max": 32},
+        {"uploaded": True, "programs": 64},
+        {"registered": True},
+        {"chunk_bytes": 20 << 20, "buffers": 3},
+    ],
+    ids=str,
+)
+def test_every_way_to_stage(stack: ExitStack, peers: Any, options: dict[str, Any]) -> None:
+    peer, reader = peers[LARGE], reader_of(stack, LARGE)
+    other = NcclTransport(reader.endpoint, Tuning(**options))
+    stack.callback(other.close)
+    other.register(reader.pool)
+    link = other.connect(peer.handle, soon())
+    blocks = list(range(64))
+    for _ in range(3):
+        reader.fill(0)
+        link.read(reader.plan(blocks, blocks[::-1])).wait(soon())
+        check(peer, reader, blocks, blocks[::-1])
 
 
 def test_a_stopped_peer_meets_the_deadline_and_the_link_recovers(stack: ExitStack) -> None:

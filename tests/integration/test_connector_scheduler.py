@@ -1,7 +1,11 @@
-"""The connector's scheduler side with vLLM's own Request objects: every ending gives a pin back exactly once."""
+"""The connector's scheduler side with vLLM's own Request objects: every ending gives a pin back exactly once.
+
+Streamed handoffs: test_connector_streams.py.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,7 +18,7 @@ from vllm_fleet.connector.jobs import HoldJob, LoadJob, ReleaseJob
 from vllm_fleet.connector.meta import StepMetadata
 from vllm_fleet.connector.scheduler import SchedulerSide
 from vllm_fleet.core.env import RealEnv
-from vllm_fleet.wire.ticket import FIELD, WorkerAddress, unseal
+from vllm_fleet.wire.ticket import FIELD, Ticket, WorkerAddress, prompt_digest, unseal
 
 TOKEN = bytes(range(32))
 WORKERS = (WorkerAddress("127.0.0.1", 4000),)
@@ -37,6 +41,13 @@ def step(of: SchedulerSide) -> StepMetadata:
     return of.take_step(SchedulerOutput.make_empty())
 
 
+def ticket_in(params: dict[str, Any]) -> Ticket:
+    """The ticket that a prefill answer carries."""
+    ticket = unseal(params[FIELD], TOKEN)
+    assert isinstance(ticket, Ticket)
+    return ticket
+
+
 def prefilled(tokens: list[int]) -> tuple[dict[str, Any], list[HoldJob]]:
     """What a prefill instance answers and holds for a prompt."""
     prefill = side("p")
@@ -51,9 +62,9 @@ def prefilled(tokens: list[int]) -> tuple[dict[str, Any], list[HoldJob]]:
 
 def test_a_finished_prefill_is_held_and_its_ticket_fits() -> None:
     params, holds = prefilled([1, 2, 3, 4, 5])
-    ticket = unseal(params[FIELD], TOKEN)
-    assert holds == [HoldJob(ticket.transfer, "r", (10, 11))]
-    assert (ticket.engine, ticket.tokens, ticket.workers) == ("p", 5, WORKERS)
+    ticket, digest = ticket_in(params), prompt_digest([1, 2, 3, 4, 5], None, None)
+    assert holds == [HoldJob(ticket.transfer, "r", digest, (10, 11), 5)]
+    assert (ticket.engine, ticket.tokens, ticket.prompt, ticket.workers) == ("p", 5, digest, WORKERS)
 
 
 @pytest.mark.parametrize("status", [RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR])
@@ -73,8 +84,10 @@ def test_a_load_of_what_the_local_cache_lacks() -> None:
     assert decode.matched_tokens(asked, 4) == (6, True)
     assert decode.matched_tokens(asked, 4) == (6, True)  # asked again every step: free of side effects
     decode.on_allocated(asked, [70, 71, 72], 6)
-    ticket = unseal(params[FIELD], TOKEN)
-    assert step(decode).loads == [LoadJob(ticket.transfer, "r", WORKERS, "p", (71, 72), 1)]
+    ticket = ticket_in(params)
+    wanted = LoadJob(ticket.transfer, "r", WORKERS, "p", ticket.prompt, 10, (71, 72), 1, streamed=False)
+    [load] = step(decode).loads
+    assert dataclasses.replace(load, queued_s=0.0) == wanted
     decode.on_output(KVConnectorOutput(finished_recving={"r"}))
     assert decode.take_outcomes() == {"loaded": 1}
     assert decode.matched_tokens(asked, 0) == (0, False)  # preempted later: computed here, not loaded twice
@@ -102,7 +115,7 @@ def test_nothing_is_loaded_for_the_last_token(local: int) -> None:
     decode.on_new_request(asked)
     assert decode.matched_tokens(asked, local) == (0, False)
     decode.on_allocated(asked, [70, 71, 72], 0)
-    assert step(decode).releases == [ReleaseJob(unseal(params[FIELD], TOKEN).transfer, WORKERS)]
+    assert step(decode).releases == [ReleaseJob(ticket_in(params).transfer, WORKERS)]
     assert decode.take_outcomes() == {"local": 1}
 
 
@@ -114,7 +127,7 @@ def test_an_abort_before_the_load_gives_the_pin_back() -> None:
     asked.status = RequestStatus.FINISHED_ABORTED
     assert decode.on_finished(asked, []) == (False, None)
     assert decode.has_jobs
-    assert step(decode).releases == [ReleaseJob(unseal(params[FIELD], TOKEN).transfer, WORKERS)]
+    assert step(decode).releases == [ReleaseJob(ticket_in(params).transfer, WORKERS)]
     assert decode.take_outcomes() == {"dropped": 1}
 
 

@@ -17,8 +17,20 @@ from vllm_fleet.net.sockets import listen
 from vllm_fleet.router.app import OnEvent, Router, running
 from vllm_fleet.wire.control import Member, Snapshot, State
 from vllm_fleet.wire.names import Role
+from vllm_fleet.wire.ticket import WorkerAddress
 
-Fault = Literal["", "status", "drop", "die_mid_stream", "die_mid_body", "no_done", "slow", "silent", "plain_error"]
+Fault = Literal[
+    "",
+    "status",
+    "drop",
+    "die_before_event",
+    "die_mid_stream",
+    "die_mid_body",
+    "no_done",
+    "slow",
+    "silent",
+    "plain_error",
+]
 
 
 @dataclass
@@ -42,6 +54,14 @@ class MockInstance:
     params: dict[str, Any] | None = field(default_factory=lambda: {"do_remote_prefill": True, "ticket": "t" * 9})
     stream: tuple[bytes, ...] = (b'data: {"n":1}\n\n', b'data: {"n":2}\n\n', b"data: [DONE]\n\n")
     metrics_page: str = ""
+    workers: tuple[WorkerAddress, ...] = ()
+    """Not empty: handoffs from here are streamed."""
+    gate: asyncio.Event | None = None
+    """Until it is set, requests are taken and not answered; a stream sends its response headers, as vLLM does."""
+    stream_gate: asyncio.Event | None = None
+    """Until it is set, a stream stops after its first part."""
+    headers_out: int = 0
+    """Streams whose response headers were sent."""
     seen: list[Seen] = field(default_factory=list)
     running: int = 0
     cancelled: int = 0
@@ -58,6 +78,7 @@ class MockInstance:
             generation=life,
             state=state,
             fingerprint=fingerprint or {},
+            workers=self.workers,
         )
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
@@ -73,6 +94,9 @@ class MockInstance:
             self.running -= 1
 
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        streamed = bool(body.get("stream"))
+        if self.gate is not None and (not streamed or self.fault in ("status", "plain_error", "drop")):
+            await self.gate.wait()
         if self.fault == "status":
             error = {"message": "mock says no", "type": "BadRequestError", "param": None, "code": self.status}
             return web.json_response({"error": error}, status=self.status)
@@ -83,8 +107,8 @@ class MockInstance:
             return web.Response()
         if self.fault == "silent":
             await asyncio.sleep(60)
-        if body.get("stream"):
-            return await self._stream(request)
+        if streamed:
+            return await self._stream(request, self.gate)
         held = (body.get("kv_transfer_params") or {}).get("do_remote_decode")
         answer: dict[str, Any] = {"id": "cmpl-mock", "choices": [{"text": f"from {self.name}", "index": 0}]}
         answer["kv_transfer_params"] = self.params if held else None
@@ -97,9 +121,16 @@ class MockInstance:
             return response
         return web.json_response(answer, headers={"connection": "x-private", "x-private": "1", "x-kept": "1"})
 
-    async def _stream(self, request: web.Request) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, gate: asyncio.Event | None) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
+        self.headers_out += 1
+        if gate is not None:
+            await gate.wait()
+        if self.fault == "die_before_event":
+            await response.write(b'data: {"half')
+            _cut(request)
+            return response
         if self.fault == "die_mid_stream":
             await response.write(self.stream[0] + b'data: {"half')
             await asyncio.sleep(0.05)
@@ -108,6 +139,8 @@ class MockInstance:
         for part in self.stream[:-1] if self.fault == "no_done" else self.stream:
             await response.write(part)
             await asyncio.sleep(30 if self.fault == "slow" else 0.01)
+            if self.stream_gate is not None:
+                await self.stream_gate.wait()
         await response.write_eof()
         return response
 
@@ -146,6 +179,7 @@ async def serving(instance: MockInstance, port: int = 0) -> AsyncIterator[MockIn
 # A router in front of mocks -----------------------------------------------------------------------------------------
 
 JSON = {"content-type": "application/json"}
+TOKEN = bytes(range(32))
 
 
 @dataclass
@@ -174,8 +208,13 @@ class Fleet:
 
 @contextlib.asynccontextmanager
 async def fleet(
-    *instances: MockInstance, request_timeout_s: float = 5.0, stop_s: float = 0.0, members: tuple[Member, ...] = ()
+    *instances: MockInstance,
+    request_timeout_s: float = 5.0,
+    stop_s: float = 0.0,
+    members: tuple[Member, ...] = (),
+    streamed: bool = True,
 ) -> AsyncIterator[Fleet]:
+    """A router in front of ``instances``; in the end nothing it started runs any more."""
     async with contextlib.AsyncExitStack() as stack:
         for instance in instances:
             await stack.enter_async_context(serving(instance))
@@ -186,17 +225,33 @@ async def fleet(
             await asyncio.Event().wait()
 
         listener = stack.enter_context(listen("127.0.0.1", 0, setting="test"))
-        router = await stack.enter_async_context(running(listener, watch, RealEnv(), request_timeout_s, stop_s))
+        router = await stack.enter_async_context(
+            running(listener, watch, RealEnv(), request_timeout_s, TOKEN, streamed=streamed, stop_s=stop_s)
+        )
         http = await stack.enter_async_context(aiohttp.ClientSession())
         await asyncio.sleep(0)
         yield Fleet(router, http)
-        assert not instances or all(instance.running == 0 for instance in instances if not instance.fault)
+        await until(lambda: all(instance.running == 0 for instance in instances if not instance.fault))
+    assert asking() == [], "requests to instances outlive the router"
+
+
+def asking() -> list[str]:
+    """Requests to instances that run as tasks of their own, as "stage id"."""
+    names = [task.get_name() for task in asyncio.all_tasks() if not task.done()]
+    return sorted(name for name in names if name.startswith(("prefill ", "decode ")))
 
 
 async def until(done: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not done():  # noqa: ASYNC110  mocks and metrics have no event to wait for
             await asyncio.sleep(0.01)
+
+
+def streaming_pair() -> tuple[MockInstance, MockInstance]:
+    """A pair whose handoffs are streamed."""
+    p, d = pair()
+    p.workers = (WorkerAddress("127.0.0.1", 5000), WorkerAddress("127.0.0.1", 5001))
+    return p, d
 
 
 def pair() -> tuple[MockInstance, MockInstance]:

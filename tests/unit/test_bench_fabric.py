@@ -39,6 +39,12 @@ def test_the_share_is_of_the_ceiling_of_the_same_size() -> None:
     assert share(row("nixl", 1.0), rows) is None
 
 
+def test_a_prepared_read_is_compared_with_the_ceiling_beside_the_one_that_is_not() -> None:
+    rows = [row("cuda_ipc", 4.0), row("cuda_ipc, prepared", 2.0), row("contiguous peer copy", 1.0)]
+    assert [(one["of"], one["ratio"]) for one in ratios(rows)] == [("cuda_ipc", 0.25), ("cuda_ipc, prepared", 0.5)]
+    assert share(rows[1], rows) == 0.5
+
+
 def test_flags_say_what_was_expected() -> None:
     assert parse_size("32MiB") == 32 << 20
     assert parse_size(" 4GiB ") == 4 << 30

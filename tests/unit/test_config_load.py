@@ -227,3 +227,72 @@ def test_explain_lists_every_key_with_its_origin_and_hides_secrets(tmp_path: Pat
 def test_the_manual_lists_every_key() -> None:
     manual = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
     assert [key for key in known_keys() if f"| `{key}` |" not in manual] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: smoke", "connector.kind in fleet.yaml: expected one of 'fleet', 'nixl', 'mooncake', 'offloading', "),
+        ("kind: nixl, inside: [fleet]", "connector.inside is for kind 'multi', but connector.kind is 'nixl'"),
+        ("kind: multi", "connector.inside is empty; kind 'multi' needs it, for instance [fleet, offloading]"),
+        ("kind: multi, inside: [fleet, fleet]", "connector.inside names 'fleet' twice"),
+        ("kind: multi, inside: [fleet, multi]", "connector.inside.1 in fleet.yaml: expected one of 'fleet', "),
+        (
+            "kind: multi, inside: [fleet, lmcache, nixl]",
+            "connector.inside: 'fleet' and 'nixl' both hand KV over and would write the same keys of "
+            "kv_transfer_params, at which vLLM's engine dies; keep one",
+        ),
+        (
+            "kind: lmcache",
+            "prefill is 1 and decode is 1, but connector 'lmcache' only keeps KV for its own instance and hands none "
+            "over; use 'both' instances, or connector.kind 'multi' with inside [fleet, lmcache]",
+        ),
+        (
+            "kind: multi, inside: [offloading, lmcache]",
+            "prefill is 1 and decode is 1, but connector 'offloading' and 'lmcache' only keeps KV",
+        ),
+        ("kind: mooncake", "prefill is 1 and decode is 1, but the router does not hand over through connector 'moo"),
+        ("extra: {a: 1}", "connector.extra: our own connector's settings are the keys under 'handoff' and 'fabric'"),
+        ("extra: [a]", "connector.extra in fleet.yaml: expected a mapping, found a list"),
+        (
+            "kind: multi, inside: [fleet], extra: {nixl: {}}",
+            "connector.extra.nixl: with kind 'multi' the keys are names from connector.inside",
+        ),
+        (
+            "kind: multi, inside: [fleet, lmcache], extra: {lmcache: 5}",
+            "connector.extra.lmcache: expected a mapping, the settings of 'lmcache'",
+        ),
+        (
+            "kind: multi, inside: [fleet], extra: {fleet: {lease_s: 1}}",
+            "connector.extra: our own connector's settings are the keys under 'handoff' and 'fabric'",
+        ),
+        (
+            "kind: multi, inside: [fleet, offloading]",
+            "connector.extra.offloading.cpu_bytes_to_use is not set: bytes of host memory that each instance keeps KV "
+            "in, for instance 8589934592",
+        ),
+    ],
+)
+def test_connectors_that_cannot_work(tmp_path: Path, text: str, message: str) -> None:
+    assert problem(tmp_path, f"model: m\nconnector: {{{text}}}\n").startswith(message)
+
+
+def test_connectors_that_work(tmp_path: Path) -> None:
+    both = "model: m\nboth: 2\n"
+    offloading = "connector: {kind: offloading, extra: {cpu_bytes_to_use: 1000000000}}\n"
+    assert load(write(tmp_path, both + offloading), environ={}).config.connector.extra == {"cpu_bytes_to_use": 10**9}
+    for kind in ("mooncake", "lmcache", "nixl", "fleet"):
+        assert load(write(tmp_path, f"{both}connector: {{kind: {kind}}}\n"), environ={}).config.connector.kind == kind
+    environ = {
+        "FLEET_MODEL": "m",
+        "FLEET_CONNECTOR__KIND": "multi",
+        "FLEET_CONNECTOR__INSIDE": '["fleet", "offloading"]',
+        "FLEET_CONNECTOR__EXTRA": '{"offloading": {"cpu_bytes_to_use": 5, "secondary_tiers": [{"type": "fs"}]}}',
+    }
+    loaded = load(None, environ=environ, folder=tmp_path / "none")
+    assert loaded.config.connector.inside == ("fleet", "offloading")
+    lines = {line.key: line for line in explain(loaded)}
+    assert lines["connector.inside"].value == '["fleet", "offloading"]'
+    assert lines["connector.extra"].origin == "environment variable FLEET_CONNECTOR__EXTRA"
+    said = problem(tmp_path, "model: m\nenv: {VLLM_NIXL_SIDE_CHANNEL_PORT: '1'}\n")
+    assert said == "env must not hold VLLM_NIXL_SIDE_CHANNEL_PORT: the launcher gives each instance a value of its own"

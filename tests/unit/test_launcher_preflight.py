@@ -17,7 +17,7 @@ from vllm_fleet.core import limits
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import ConfigError, Corrupt, DeadlineExceeded, PeerGone
 from vllm_fleet.launcher import ask, machine
-from vllm_fleet.launcher.preflight import check_model, choose_ports
+from vllm_fleet.launcher.preflight import check_model, choose_again, choose_ports
 from vllm_fleet.net import sockets
 
 
@@ -48,6 +48,54 @@ def test_ports_are_all_different_and_chosen_ones_are_kept() -> None:
     assert len(set(ports.values())) == 27
     assert (ports["router"], fixed) == (wanted, frozenset({"router"}))
     assert choose_ports(config(router={"port": 0}))[1] == frozenset()
+
+
+def nixl(**changes: Any) -> FleetConfig:
+    wanted = {"router": {"port": 0}, "connector": {"kind": "nixl"}, "vllm_args": ("-tp", "2", "-dp", "2")}
+    return config(**(wanted | changes))
+
+
+def side(ports: dict[str, int], name: str) -> list[int]:
+    return [ports[other] for other in ports if other.startswith(f"{name}/side/")]
+
+
+def test_each_nixl_instance_gets_a_range_of_its_own() -> None:
+    ports, _ = choose_ports(nixl(prefill=6, decode=6))
+    assert len(set(ports.values())) == len(ports) == 2 + 12 + 12 * 4
+    for name in (f"{role}-{at}" for role in ("prefill", "decode") for at in range(6)):
+        first = ports[f"{name}/side/0"]
+        assert side(ports, name) == [first, first + 1, first + 2, first + 3]
+
+
+def test_a_range_is_as_long_as_the_role_has_ranks() -> None:
+    ports, _ = choose_ports(nixl(vllm_args=(), prefill_args=("-tp", "4"), decode_args=("-tp", "2"), both=1))
+    assert [len(side(ports, name)) for name in ("prefill-0", "decode-0", "both-0")] == [4, 2, 1]
+
+
+def test_only_who_computes_prompts_gets_a_mooncake_port() -> None:
+    ports, _ = choose_ports(nixl(connector={"kind": "mooncake"}, prefill=1, decode=1, both=1))
+    assert [name for name in ports if "/" in name] == ["prefill-0/side/0", "both-0/side/0"]
+
+
+def test_a_range_goes_around_ports_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first offer has a taken port in its middle, the second one ends beyond the last port there is."""
+    with closing(sockets.listen("127.0.0.1", 0, setting="test")) as taken:
+        middle = taken.getsockname()[1]
+        offers = iter([middle - 1, 65_534])
+        real = sockets.listen
+
+        def listen(host: str, port: int, *, setting: str) -> socket.socket:
+            offered = next(offers, 0) if port == 0 and setting == "fabric.host" else port
+            return real(host, offered, setting=setting)
+
+        monkeypatch.setattr(sockets, "listen", listen)
+        ports = {"prefill-0": 1, **{f"prefill-0/side/{at}": 2 + at for at in range(4)}}
+        choose_again(ports, "prefill-0", "127.0.0.1")
+    assert next(offers, None) is None
+    found = side(ports, "prefill-0")
+    assert found == list(range(found[0], found[0] + 4))
+    assert found[0] not in (2, middle - 1, 65_534)
+    assert ports["prefill-0"] not in (1, *found)
 
 
 def test_a_taken_port_is_named_by_its_setting() -> None:

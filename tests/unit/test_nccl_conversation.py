@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from vllm_fleet.core.deadline import Deadline
-from vllm_fleet.core.errors import BadRequest, FleetError, LinkError, PeerGone
+from vllm_fleet.core.errors import BadRequest, DeadlineExceeded, FleetError, LinkError, PeerGone
 from vllm_fleet.fabric import transports
-from vllm_fleet.fabric.contract import KVPool, Region, TransferError
+from vllm_fleet.fabric.contract import KVPool, Region, TransferCancelledError, TransferError
 from vllm_fleet.fabric.endpoint import Endpoint, ask, receive_answer
 from vllm_fleet.fabric.owner import OwnedPool, encode_runs
 from vllm_fleet.fabric.plan import BlockCopyPlan, BlockShape, plan_blocks
-from vllm_fleet.fabric.rendezvous import Rendezvous
+from vllm_fleet.fabric.rendezvous import Meeting, Rendezvous
 from vllm_fleet.net import sockets
 from vllm_fleet.net.channel import Channel, Credentials, connect
 from vllm_fleet.wire import fabric as wire
@@ -29,8 +29,9 @@ from vllm_fleet.wire.fabric import PoolHandle
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 from vllm_fleet.fabric.transports.cuda import nccl_copier, nccl_owner
-from vllm_fleet.fabric.transports.cuda.communicator import Tuning
 from vllm_fleet.fabric.transports.cuda.nccl_copier import NcclCopier, NcclDetails
+from vllm_fleet.fabric.transports.cuda.nccl_link import NcclLink, Stop
+from vllm_fleet.fabric.transports.cuda.nccl_tuning import Tuning
 from vllm_fleet.fabric.transports.cuda.pieces import Pieces
 
 BLOCKS, BLOCK_BYTES, REGIONS = 64, 512, 2
@@ -130,7 +131,7 @@ class Both:
         own, self.ours = make_pool(None)
         details = NcclDetails("127.0.0.1", self.endpoint.port, bytes(16))
         self.copier = NcclCopier(details, self.handle, own, SECRET, Tuning(chunk_bytes=4096))
-        self.cancelled = threading.Event()
+        self.cancelled = Stop()
 
     def connect(self) -> Channel:
         return connect("127.0.0.1", self.endpoint.port, SECRET, Deadline.after(5, "test"))
@@ -250,7 +251,7 @@ def test_cancel_ends_both_sides_and_the_next_transfer_meets_again(both: Both) ->
         both.copier.read(both.plan(SOURCES, TARGETS), both.cancelled)
     both.until_no_session()
     FakePipe.held_up.clear()
-    both.copier.read(both.plan([1], [2]), threading.Event())
+    both.copier.read(both.plan([1], [2]), Stop())
     assert (both.ours[0][2] == both.theirs[0][1]).all()
 
 
@@ -359,3 +360,74 @@ def test_a_link_whose_connection_was_cut_is_made_again(both: Both) -> None:
     both.copier.interrupt()  # too late: nothing runs
     both.copier.read(both.plan([1], [1]), both.cancelled)
     assert (both.ours[0][1] == both.theirs[0][1]).all()
+
+
+def test_a_link_whose_peer_sends_nothing_meets_the_deadline_and_recovers(both: Both) -> None:
+    both.open()
+    link = NcclLink("nccl", "peer", both.copier)
+    FakePipe.held_up.set()
+    with pytest.raises(DeadlineExceeded, match="setting: test"):
+        link.read(both.plan(SOURCES, TARGETS)).wait(Deadline.after(0.05, "test"))
+    both.until_no_session()
+    assert not any(array.any() for array in both.ours)
+    FakePipe.held_up.clear()
+    link.read(both.plan(SOURCES, TARGETS)).wait(Deadline.after(5, "test"))
+    assert all((ours[TARGETS] == theirs[SOURCES]).all() for ours, theirs in zip(both.ours, both.theirs, strict=True))
+    link.close()
+
+
+def test_cancelling_what_a_waiting_thread_carries_out(both: Both) -> None:
+    both.open()
+    link = NcclLink("nccl", "peer", both.copier)
+    FakePipe.held_up.set()
+    transfer = link.read(both.plan(SOURCES, TARGETS))
+    errors: list[FleetError] = []
+
+    def wait() -> None:
+        try:
+            transfer.wait(Deadline.after(5, "test"))
+        except FleetError as error:
+            errors.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    transfer.cancel()
+    FakePipe.held_up.clear()
+    waiter.join(5)
+    assert isinstance(errors[0], TransferCancelledError)
+    assert not any(array.any() for array in both.ours)
+    link.read(both.plan([1], [2])).wait(Deadline.after(5, "test"))
+    link.close()
+
+
+def test_nothing_holds_a_communicator_when_the_owner_has_stopped(both: Both) -> None:
+    both.open()
+    (session,) = both.owner._sessions.values()
+    pipe = session.pipe
+    assert isinstance(pipe, FakePipe)
+    both.owner.stop()
+    assert pipe.communicator.aborted
+    assert session.pipe is None
+
+
+def test_an_owner_whose_agreement_is_not_heard_comes_and_leaves(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Meeting] = []
+    came = threading.Event()
+
+    def come_and_leave(meeting: Meeting, device: int, tuning: Tuning) -> None:
+        left.append(meeting)
+        came.set()
+
+    def unheard(channel: Channel, answer: wire.Answer) -> None:
+        raise PeerGone("the connection broke")
+
+    monkeypatch.setattr(nccl_owner, "come_and_leave", come_and_leave)
+    monkeypatch.setattr(nccl_owner, "_answer", unheard)
+    channel = both.connect()
+    channel.send(
+        wire.encode(wire.NcclJoin("pair", 1, both.handle.pool, bytes(256), 4096, 16)), Deadline.after(5, "test")
+    )
+    assert came.wait(5)
+    assert left == [Meeting(1, 2, 1, bytes(256))]
+    both.until_no_session()
+    channel.close()

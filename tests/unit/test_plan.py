@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_fleet.core.errors import BadRequest
-from vllm_fleet.fabric.plan import BlockCopyPlan, BlockShape, plan_blocks
+from vllm_fleet.fabric.plan import BlockCopyPlan, BlockShape, Extent, plan_blocks
 
 
 def apply(plan: BlockCopyPlan, source: list[bytearray], target: list[bytearray]) -> None:
@@ -79,3 +79,50 @@ def test_bad_plans_are_refused_with_both_numbers() -> None:
         plan_blocks([BlockShape(4, 4, 10)], [1], [10], "t")
     with pytest.raises(BadRequest, match="negative"):
         plan_blocks([BlockShape(4, 4, 10)], [-1], [1], "t")
+
+
+def naive_extent(plan: BlockCopyPlan) -> Extent:
+    runs = list(
+        zip(plan.region.tolist(), plan.source.tolist(), plan.target.tolist(), plan.nbytes.tolist(), strict=True)
+    )
+    sizes = [size for *_, size in runs]
+    return Extent(
+        max(region for region, *_ in runs) + 1,
+        max(start + size for _, start, _, size in runs),
+        max(to + size for _, _, to, size in runs),
+        min(sizes),
+        max(sizes),
+    )
+
+
+@given(cases())
+def test_the_extent_of_blocks_is_known_and_never_too_small(
+    case: tuple[list[BlockShape], list[int], list[int]],
+) -> None:
+    plan = plan_blocks(*case, "t")
+    if not len(plan):
+        assert plan.known is None
+        return
+    assert plan.known is not None
+    assert plan.extent == plan.known == naive_extent(plan)
+    assert BlockCopyPlan("t", plan.region, plan.source, plan.target, plan.nbytes).extent == plan.known
+
+
+NUMBERS = st.one_of(st.integers(-5, 40), st.sampled_from([-(1 << 63), -(1 << 62), 1 << 62, (1 << 63) - 1]))
+
+
+@given(st.lists(st.tuples(st.integers(-1, 3), NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=6))
+def test_what_an_extent_lets_pass_is_inside(runs: list[tuple[int, int, int, int]]) -> None:
+    region, source, target, nbytes = (np.array(column, np.int64) for column in zip(*runs, strict=True))
+    plan = BlockCopyPlan("t", region, source, target, nbytes)
+    inside = all(
+        0 <= region < 2 and size > 0 and 0 <= start <= 40 - size and 0 <= to <= 30 - size
+        for region, start, to, size in runs
+    )
+    assert plan.extent.inside(2, 40, 30) == inside
+
+
+def test_block_ids_that_wrap_around_are_not_inside() -> None:
+    plan = plan_blocks([BlockShape(1 << 20, 1 << 20, 4)], [(1 << 44) + 1], [2], "t")
+    assert plan.source.tolist() == [1 << 20], "the arrays do wrap around"
+    assert not plan.extent.inside(1, 4 << 20, 4 << 20)

@@ -110,6 +110,13 @@ def test_only_instances_with_open_questions_are_read() -> None:
     assert audit.due([member(life=2)], 60.0) == [member(life=2)]
 
 
+def test_an_instance_with_a_connector_of_vllm_is_not_judged() -> None:
+    audit = Audit()
+    upstream = Member("d", "decode", "http://d:1", 1, "d-1", 1, "ready", {"connector": "nixl"})
+    assert audit.due([upstream], 0.0) == []
+    assert not audit.known("d")
+
+
 def test_an_instance_that_left_is_forgotten() -> None:
     audit = Audit()
     audit.take(member(), Counts(), 0.0)

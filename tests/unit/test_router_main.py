@@ -53,11 +53,17 @@ async def start(file: Path) -> asyncio.subprocess.Process:
         ({"unknown": 1}, "unknown"),
         ({"controller": "ftp://x"}, "controller"),
         ({"request_timeout_s": 0}, "request_timeout_s"),
+        ({"handoff": "other"}, "handoff"),
     ],
 )
 def test_settings_are_strict(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         read_settings(settings_file(tmp_path, **changed))
+
+
+def test_handoffs_are_streamed_unless_set_otherwise(tmp_path: Path) -> None:
+    assert read_settings(settings_file(tmp_path)).handoff == "streamed"
+    assert read_settings(settings_file(tmp_path, handoff="sequential")).handoff == "sequential"
 
 
 def test_settings_that_are_not_there(tmp_path: Path) -> None:

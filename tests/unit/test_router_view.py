@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from vllm_fleet.core import limits
 from vllm_fleet.core.ids import InstanceName
 from vllm_fleet.router.fleet_view import FleetView, compatible, fleet_health
-from vllm_fleet.router.handoff import Fail, Handoff, PassOn, Send
+from vllm_fleet.router.handoff import Fail, GoOn, Handoff, PassOn, Send, Together
 from vllm_fleet.router.openai import Route, parse_request
 from vllm_fleet.router.policies.contract import Candidate
 from vllm_fleet.router.policies.least_load import LeastLoad
 from vllm_fleet.wire.control import Change, Member, Snapshot, State
 from vllm_fleet.wire.names import Role
+from vllm_fleet.wire.ticket import WorkerAddress
 
 ANSWER = b'{"kv_transfer_params":{"fleet_ticket":"x"}}'
 
@@ -30,13 +32,22 @@ def view_of(*members: Member) -> FleetView:
     return view
 
 
+def with_workers(one: Member) -> Member:
+    """A prefill instance that can be told of a transfer beforehand."""
+    return msgspec.structs.replace(one, workers=(WorkerAddress("127.0.0.1", 5000),))
+
+
 def names(members: list[Member]) -> list[str]:
     return [one.name for one in members]
 
 
 def handoff(view: FleetView, **fields: Any) -> Handoff:
     body = json.dumps({"prompt": "hi", **fields}).encode()
-    return Handoff(parse_request(Route.COMPLETIONS, body), view, LeastLoad(), LeastLoad())
+    return Handoff(parse_request(Route.COMPLETIONS, body), view, LeastLoad(), LeastLoad(), mint)
+
+
+def mint(prefill: Member) -> tuple[bytes, bytes]:
+    return b'{"hold":"%s"}' % prefill.name.encode(), b'{"load":"%s"}' % prefill.name.encode()
 
 
 def sent_to(step: object, stage: str) -> str:
@@ -107,6 +118,14 @@ def test_only_equal_fingerprints_fit_unless_one_is_unknown() -> None:
     assert compatible(member("a", "both", model="x"), member("b", "both", model="x"))
     assert compatible(member("a", "both"), member("b", "both", model="x"))
     assert not compatible(member("a", "both", model="y"), member("b", "both", model="x"))
+
+
+def test_another_tensor_parallel_size_fits_and_another_block_size_does_not() -> None:
+    one = member("a", "prefill", model="x", tensor_parallel="2", block_tokens="16")
+    assert compatible(one, member("b", "decode", model="x", tensor_parallel="1", block_tokens="16"))
+    assert compatible(one, member("b", "decode", model="x", block_tokens="16"))
+    assert not compatible(one, member("b", "decode", model="x", tensor_parallel="2", block_tokens="32"))
+    assert not compatible(one, member("b", "decode", model="x", tensor_parallel="2"))
 
 
 def test_health_names_what_is_missing() -> None:
@@ -246,3 +265,99 @@ def test_an_error_of_the_client_is_not_tried_elsewhere() -> None:
     run = handoff(view_of(member("d1", "decode"), member("d2", "decode")))
     run.start(0.0)
     assert run.on_decode_status(400, 0.0) == PassOn()
+
+
+# The handoff, streamed ---------------------------------------------------------------------------------------------
+
+
+def streamed(*decodes: Member) -> tuple[Handoff, FleetView]:
+    """A handoff that has been started, both requests sent."""
+    view = view_of(with_workers(member("p", "prefill")), *decodes)
+    run = handoff(view)
+    assert isinstance(run.start(0.0), Together)
+    return run, view
+
+
+def test_prefill_and_decode_together_with_one_ticket() -> None:
+    fits, other = member("d2", "decode", m="2"), member("d1", "decode", m="1")
+    run = handoff(view_of(with_workers(member("p", "prefill", m="2")), fits, other))
+    step = run.start(0.0)
+    assert isinstance(step, Together)
+    assert (sent_to(step.prefill, "prefill"), sent_to(step.decode, "decode")) == ("p", "d2")
+    assert json.loads(step.prefill.body)["kv_transfer_params"] == {"hold": "p"}
+    assert json.loads(step.decode.body)["kv_transfer_params"] == {"load": "p"}
+    assert (run.outcome, run.mode) == ("handed_off", "streamed")
+    assert run.on_prefill_answer(200, b"", 0.0) == GoOn()
+
+
+def test_without_a_mint_or_workers_prefill_comes_first() -> None:
+    known = member("p", "prefill"), member("d", "decode")
+    assert sent_to(handoff(view_of(*known)).start(0.0), "prefill") == "p"
+    request = parse_request(Route.COMPLETIONS, b'{"prompt":"hi"}')
+    run = Handoff(request, view_of(with_workers(known[0]), known[1]), LeastLoad(), LeastLoad())
+    assert sent_to(run.start(0.0), "prefill") == "p"
+    assert run.mode == "sequential"
+
+
+@pytest.mark.parametrize("status", [200, 302, 400, 503])
+def test_once_decode_has_begun_prefill_does_not_matter(status: int) -> None:
+    run, _ = streamed(member("d", "decode"))
+    run.on_decode_begun()
+    assert run.on_prefill_answer(status, b"", 0.0) == GoOn()
+    assert run.on_prefill_failure(0.0) == GoOn()
+    assert run.outcome == "handed_off"
+
+
+def test_a_refusal_by_either_is_the_answer() -> None:
+    run, _ = streamed(member("d", "decode"))
+    assert run.on_prefill_answer(422, b"", 0.0) == PassOn()
+    assert (run.outcome, run.decode) == ("refused", None)
+    run, _ = streamed(member("d", "decode"))
+    assert run.on_decode_status(422, 0.0) == PassOn()
+    assert run.outcome == "refused"
+    assert run.on_prefill_answer(400, b"", 0.0) == GoOn()  # decode's refusal is on its way to the client
+
+
+def test_after_a_failed_prefill_the_same_decode_is_asked_and_may_still_fail() -> None:
+    run, _ = streamed(*(member(f"d{number}", "decode") for number in range(9)))
+    step = run.on_prefill_answer(500, b"", 0.0)
+    assert sent_to(step, "decode") == "d0"
+    assert isinstance(step, Send)
+    assert json.loads(step.body) == {"prompt": "hi"}
+    assert run.outcome == "prefill_failed"
+    sends = 0
+    while isinstance(step, Send):
+        sends += 1
+        step = run.on_decode_failure("disconnected", 0.0)
+    assert sends == limits.DECODE_ATTEMPTS_MAX
+    assert run.outcome == "prefill_failed"
+
+
+def test_after_a_failed_prefill_a_decode_that_left_is_not_asked() -> None:
+    run, view = streamed(member("d1", "decode"), member("d2", "decode"))
+    view.apply(Change(11, member("d1", "decode", "suspect")), 0.0)
+    assert sent_to(run.on_prefill_failure(0.0), "decode") == "d2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome", "ticket"), [("refused", "handed_off", True), ("disconnected", "skipped:retried", False)]
+)
+def test_the_ticket_stays_good_while_no_decode_has_seen_it(kind: Any, outcome: str, ticket: bool) -> None:
+    run, _ = streamed(member("d1", "decode"), member("d2", "decode"))
+    step = run.on_decode_failure(kind, 0.0)
+    assert sent_to(step, "decode") == "d2"
+    assert isinstance(step, Send)
+    assert (b"kv_transfer_params" in step.body, run.outcome, run.handed_off) == (ticket, outcome, ticket)
+
+
+def test_an_unstreamed_answer_that_began_and_broke_is_asked_for_elsewhere() -> None:
+    run, _ = streamed(member("d1", "decode"), member("d2", "decode"))
+    run.on_decode_begun()
+    assert sent_to(run.on_decode_failure("disconnected", 0.0), "decode") == "d2"
+    assert not run.handed_off
+
+
+def test_an_instance_that_does_both_is_told_of_no_transfer() -> None:
+    run = handoff(view_of(with_workers(member("b", "both")), member("p", "prefill", "suspect")))
+    assert sent_to(run.start(0.0), "decode") == "b"
+    assert not run.handed_off

@@ -14,22 +14,28 @@ from vllm_fleet.core import limits
 from vllm_fleet.core.errors import AuthError, BadRequest, FleetError
 from vllm_fleet.wire.ticket import (
     FIELD,
+    StreamTicket,
     Ticket,
     WorkerAddress,
     asks_to_hold,
     asks_to_load,
     prompt_digest,
     seal,
+    stream_params,
     transfer_params,
     unseal,
 )
 
 TOKEN = bytes(range(32))
 TICKET = Ticket("t", "engine", 3, prompt_digest([1, 2, 3], None, None), (WorkerAddress("127.0.0.1", 5000),))
+STREAM = StreamTicket("s", "engine", (WorkerAddress("127.0.0.1", 5000), WorkerAddress("::1", 5001)))
 
 
-def test_a_sealed_ticket_comes_back() -> None:
-    assert unseal(seal(TICKET, TOKEN), TOKEN) == TICKET
+@pytest.mark.parametrize("ticket", [TICKET, STREAM])
+def test_a_sealed_ticket_comes_back(ticket: Ticket | StreamTicket) -> None:
+    back = unseal(seal(ticket, TOKEN), TOKEN)
+    assert back == ticket
+    assert type(back) is type(ticket)
 
 
 def test_another_token_does_not_open_it() -> None:
@@ -37,8 +43,9 @@ def test_another_token_does_not_open_it() -> None:
         unseal(seal(TICKET, TOKEN), bytes(32))
 
 
-def test_every_flipped_bit_is_found() -> None:
-    raw = bytearray(base64.urlsafe_b64decode(seal(TICKET, TOKEN)))
+@pytest.mark.parametrize("ticket", [TICKET, STREAM])
+def test_every_flipped_bit_is_found(ticket: Ticket | StreamTicket) -> None:
+    raw = bytearray(base64.urlsafe_b64decode(seal(ticket, TOKEN)))
     for bit in range(8 * len(raw)):
         raw[bit // 8] ^= 1 << (bit % 8)
         with pytest.raises(AuthError):
@@ -96,3 +103,18 @@ def test_params_have_the_keys_proxies_know() -> None:
     assert params["remote_host"], params["remote_port"] == ("127.0.0.1", 5000)
     assert params["remote_block_ids"] == [[4, 5]]
     assert unseal(params[FIELD], TOKEN) == TICKET
+
+
+def test_a_stream_ticket_needs_a_worker() -> None:
+    with pytest.raises(BadRequest, match="not one this version reads"):
+        unseal(seal(StreamTicket("s", "engine", ()), TOKEN), TOKEN)
+
+
+def test_both_sides_of_a_streamed_handoff_get_one_ticket() -> None:
+    hold, load = stream_params(STREAM, TOKEN)
+    assert (asks_to_hold(hold), asks_to_load(hold)) == (True, False)
+    assert (asks_to_hold(load), asks_to_load(load)) == (False, True)
+    assert hold[FIELD] == load[FIELD]
+    assert unseal(hold[FIELD], TOKEN) == STREAM
+    for params in (hold, load):
+        assert msgspec.json.decode(msgspec.json.encode(params)) == params

@@ -17,7 +17,16 @@ from rich.table import Table
 from vllm_fleet.bench import machine
 from vllm_fleet.bench.arena import Arena
 from vllm_fleet.bench.blocks import BLOCK_BYTES, REGIONS, scattered
-from vllm_fleet.bench.contenders import Case, Contender, Gather, Memcpy, OurTransport, RawLibrary, RawStream
+from vllm_fleet.bench.contenders import (
+    Case,
+    Contender,
+    Gather,
+    Memcpy,
+    OurTransport,
+    PreparedReads,
+    RawLibrary,
+    RawStream,
+)
 from vllm_fleet.core.errors import FleetError
 from vllm_fleet.fabric.integrity import Mode
 
@@ -29,6 +38,7 @@ PAIRS = (
     ("nixl", "nixl used directly"),
     ("mooncake", "mooncake used directly"),
     ("cuda_ipc", "contiguous peer copy"),
+    ("cuda_ipc, prepared", "contiguous peer copy"),
     ("nccl", "contiguous peer copy"),
     ("cma, sampled checksums", "cma"),
     ("tcp, sampled checksums", "tcp"),
@@ -38,6 +48,8 @@ PAIRS = (
 
 CEILINGS = {"cma": "memcpy in one process", "memory": "memcpy in one process", "tcp": "raw TCP stream"}
 CUDA_CEILING = "contiguous peer copy"
+PREPARING = ("cuda_ipc",)
+"""Transports whose Link.prepare() does something: they are run without it and with it."""
 NOT_A_NUMBER = float("nan")
 
 Say = Callable[[str], None]
@@ -143,6 +155,8 @@ def _contenders(arena: Arena, wanted: Wanted, refused: dict[str, str], say: Say)
         if name in refused:
             continue
         add(name, partial(OurTransport, arena, name))
+        if name in PREPARING:
+            add(f"{name} prepared", partial(PreparedReads, arena, name))
         for mode in wanted.checksums:
             add(f"{name} {mode}", partial(OurTransport, arena, name, mode))
     if wanted.cuda is None:

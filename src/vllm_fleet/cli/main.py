@@ -108,6 +108,18 @@ def logs(
     command.run(name, process, follow=follow)
 
 
+@app.command(epilog="Example: vllm-fleet trace 9f2c6a1b (an answer's x-request-id)")
+def trace(
+    request: Annotated[str, typer.Argument(metavar="ID", help="The x-request-id of an answer.")],
+    name: RunningFlag = "default",
+    json: JsonFlag = False,
+) -> None:
+    """Show where the time of one request went: router, prefill, handoff, decode."""
+    from vllm_fleet.cli import trace as command
+
+    command.run(name, request, as_json=json)
+
+
 @config_app.command()
 def explain(
     config: ConfigFlag = None,

@@ -35,6 +35,7 @@ class ConnectorSettings(Struct, frozen=True, forbid_unknown_fields=True):
     lease_s: Seconds = 30.0
     hold_s: Seconds = 120.0
     load_s: Seconds = 10.0
+    prefill_s: Seconds = 120.0
 
 
 def parse_connector_settings(extra: dict[str, Any]) -> ConnectorSettings:

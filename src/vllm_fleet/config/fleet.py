@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from vllm_fleet.core import limits
 from vllm_fleet.wire.names import ChecksumMode, TransportName
@@ -22,6 +22,9 @@ class RouterConfig(Part):
     host: str = Field("127.0.0.1", description="address the router listens on; a wildcard is refused")
     port: int = Field(8000, ge=0, le=65535, description="port the router listens on; 0 picks a free one")
     request_timeout_s: float = Field(600.0, gt=0, description="longest time one request may take, end to end")
+    handoff: Literal["streamed", "sequential"] = Field(
+        "streamed", description="ask prefill and decode together, where both can, or decode when prefill has answered"
+    )
 
 
 class ControllerConfig(Part):
@@ -40,7 +43,32 @@ class HandoffConfig(Part):
     lease_s: float = Field(30.0, gt=0, le=3600, description="how long prefill holds KV for a decode that has not come")
     hold_s: float = Field(120.0, gt=0, le=3600, description="how long prefill holds KV for a decode that has come")
     load_s: float = Field(10.0, gt=0, le=600, description="how long decode tries to load before it recomputes")
+    prefill_s: float = Field(
+        120.0,
+        gt=0,
+        le=3600,
+        description="how long decode waits for prefill to compute a prompt before it does",
+    )
     on_failure: Literal["recompute", "fail"] = Field("recompute", description="what decode does when KV cannot be had")
+
+
+ConnectorName = Literal["fleet", "nixl", "mooncake", "offloading", "lmcache"]
+"""``fleet`` is ours; the others are vLLM's own (config.upstream)."""
+
+
+class ConnectorConfig(Part):
+    """The KV connector inside every instance; docs/connectors.md."""
+
+    kind: Literal[ConnectorName, "multi"] = Field(
+        "fleet", description="fleet is ours; nixl, mooncake, offloading, lmcache are vLLM's own; multi is several"
+    )
+    inside: tuple[ConnectorName, ...] = Field(
+        (), description="for multi: the connectors inside, in the order in which they are asked for KV"
+    )
+    extra: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="settings of vLLM's own connectors (kv_connector_extra_config); for multi: a mapping for each name",
+    )
 
 
 class FabricConfig(Part):
@@ -76,9 +104,14 @@ class FleetConfig(Part):
     decode: Annotated[int, Field(ge=0, le=limits.INSTANCES_MAX)] = Field(1, description="decode instances")
     both: Annotated[int, Field(ge=0, le=limits.INSTANCES_MAX)] = Field(0, description="instances that do both")
     vllm_args: tuple[str, ...] = Field((), description="arguments every vLLM server gets")
+    prefill_args: tuple[str, ...] = Field(
+        (), description="further arguments of prefill instances, such as another TP size"
+    )
+    decode_args: tuple[str, ...] = Field((), description="further arguments of decode instances")
     env: dict[str, str] = Field(default_factory=dict, description="environment variables every vLLM server gets")
     router: RouterConfig = RouterConfig()
     controller: ControllerConfig = ControllerConfig()
     handoff: HandoffConfig = HandoffConfig()
+    connector: ConnectorConfig = ConnectorConfig()
     fabric: FabricConfig = FabricConfig()
     launcher: LauncherConfig = LauncherConfig()

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from vllm_fleet.config.fleet import FleetConfig, Part
 from vllm_fleet.config.problems import found, sentence
+from vllm_fleet.config.upstream import check_connector
 from vllm_fleet.core import limits
 from vllm_fleet.core.errors import ConfigError
 
@@ -83,6 +84,7 @@ def load(
             given[key] = Given(0, "default when only 'both' is set")
     config = _validated(given)
     _check_counts(config)
+    check_connector(config)
     model = given["model"]
     resolved = _resolve_model(config.model, folder if model.folder is None else model.folder)
     if resolved != config.model:

@@ -17,6 +17,7 @@ from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import BadRequest, FleetError
 from vllm_fleet.net.control_client import ControlClient
 from vllm_fleet.wire.control import Heartbeat, Register, Registered, ReportedState
+from vllm_fleet.wire.ticket import WorkerAddress
 
 CALL_S = 2.0
 CALL_SETTING = "connector.agent.CALL_S"
@@ -35,12 +36,15 @@ class Agent:
         self._incarnation = incarnation
         self._fingerprint = dict(layout)
         self._pid = os.getppid()  # the API server, which started this engine
+        self._workers: tuple[WorkerAddress, ...] = ()
         self._stopped = threading.Event()
         self._registered: Registered | None = None
         self._serving = False
         self._thread = threading.Thread(target=self._run, name="fleet-agent", daemon=True)
 
-    def start(self) -> None:
+    def start(self, workers: tuple[WorkerAddress, ...]) -> None:
+        """Begin; ``workers``: where peers reach this instance's workers, in rank order."""
+        self._workers = workers
         self._thread.start()
 
     def stop(self) -> None:
@@ -70,7 +74,16 @@ class Agent:
         state: ReportedState = "ready" if self._serving else "starting"
         deadline = Deadline.after(CALL_S, CALL_SETTING)
         if self._registered is None:
-            hello = Register(self._name, self._role, self._url, self._pid, self._incarnation, state, self._fingerprint)
+            hello = Register(
+                self._name,
+                self._role,
+                self._url,
+                self._pid,
+                self._incarnation,
+                state,
+                self._fingerprint,
+                self._workers,
+            )
             self._registered = self._client.register(hello, deadline)
             log.event("instance.registered", instance=self._name, generation=self._registered.generation)
         else:

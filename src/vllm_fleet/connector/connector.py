@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -22,6 +24,7 @@ from vllm_fleet.config.connector import bearer, parse_connector_settings, read_t
 from vllm_fleet.connector.agent import Agent
 from vllm_fleet.connector.meta import StepMetadata, WorkerHandshake
 from vllm_fleet.connector.scheduler import SchedulerSide
+from vllm_fleet.connector.split import Ranks
 from vllm_fleet.connector.stats import FleetMetrics, FleetStats
 from vllm_fleet.connector.versions import cpu_block_packing, vllm_version
 from vllm_fleet.connector.worker import WorkerSide
@@ -30,6 +33,11 @@ from vllm_fleet.core.env import RealEnv
 from vllm_fleet.core.errors import ConfigError
 from vllm_fleet.net.channel import Credentials
 from vllm_fleet.wire.ticket import WorkerAddress
+
+
+def kv_heads(config: VllmConfig) -> int:
+    """KV heads of the whole model; latent attention has one, which every rank holds."""
+    return 1 if config.model_config.use_mla else int(config.model_config.get_total_num_kv_heads())
 
 
 def layout_of(config: VllmConfig) -> dict[str, str]:
@@ -44,7 +52,7 @@ def layout_of(config: VllmConfig) -> dict[str, str]:
         "kv_dtype": str(cache.cache_dtype),
         "block_tokens": str(cache.block_size),
         "head_size": str(head_size),
-        "kv_heads": str(model.get_num_kv_heads(parallel)),
+        "kv_heads": str(kv_heads(config)),
         "tensor_parallel": str(parallel.tensor_parallel_size),
         "packing": cpu_block_packing(config, head_size),
         "vllm": vllm_version(),
@@ -76,16 +84,22 @@ class FleetConnector(KVConnectorBase_V1):
                 block_tokens=vllm_config.cache_config.block_size,
                 env=RealEnv(),
             )
-            if settings.controller is not None and settings.url is not None:
+            parallel = vllm_config.parallel_config
+            # Of data-parallel engines behind one URL one registers; which of them gets a request cannot be told
+            self._one_engine = parallel.data_parallel_size == 1
+            if settings.controller is not None and settings.url is not None and parallel.data_parallel_rank == 0:
                 self._agent = Agent(settings, bearer(self._credentials.token), engine, self._layout)
-                self._agent.start()
         else:
             self._worker = WorkerSide(
                 settings,
                 self._credentials,
                 engine=engine,
                 rank=get_tensor_model_parallel_rank(),
-                ranks=vllm_config.parallel_config.tensor_parallel_size,
+                ranks=Ranks(
+                    vllm_config.parallel_config.tensor_parallel_size,
+                    kv_heads(vllm_config),
+                    vllm_config.cache_config.block_size,
+                ),
             )
 
     @property
@@ -140,6 +154,8 @@ class FleetConnector(KVConnectorBase_V1):
             assert isinstance(worker, WorkerHandshake)
             addresses.append(WorkerAddress(worker.host, worker.port))
         self._s.workers = tuple(addresses)
+        if self._agent is not None:
+            self._agent.start(self._s.workers if self._one_engine else ())
 
     def on_new_request(self, request: Request) -> None:
         self._s.on_new_request(request)
@@ -198,3 +214,9 @@ class FleetConnector(KVConnectorBase_V1):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> FleetMetrics:
         return FleetMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+# vLLM's MultiConnector looks the classes of its children's counters up by registered name, module path or not, and its
+# API server dies of one it does not find. Every process that uses this class imports this module.
+with contextlib.suppress(ValueError):  # registered already
+    KVConnectorFactory.register_connector("FleetConnector", "vllm_fleet.connector", "FleetConnector")

@@ -8,12 +8,27 @@ from vllm_fleet.wire.ticket import WorkerAddress
 
 
 @dataclass(frozen=True)
+class GrowJob:
+    """Prefill: a running request's further blocks, and how many of its tokens have KV once this step has run."""
+
+    transfer: str
+    request: str
+    prompt: bytes
+    blocks: tuple[int, ...]
+    ready: int
+    queued_s: float = 0.0
+    """From the request's arrival until now."""
+
+
+@dataclass(frozen=True)
 class HoldJob:
     """Prefill: hold a finished request's blocks for a transfer."""
 
     transfer: str
     request: str
+    prompt: bytes
     blocks: tuple[int, ...]
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -24,8 +39,15 @@ class LoadJob:
     request: str
     workers: tuple[WorkerAddress, ...]
     engine: str
+    prompt: bytes
+    tokens: int
+    """Tokens of the prompt whose KV is wanted; the blocks cover them, the last one perhaps in part."""
     blocks: tuple[int, ...]
     skip: int
+    streamed: bool
+    """Whether prefill computes it now; else it has finished."""
+    queued_s: float = 0.0
+    """From the request's arrival until now."""
 
 
 @dataclass(frozen=True)

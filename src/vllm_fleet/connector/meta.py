@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
-from vllm_fleet.connector.jobs import HoldJob, LoadJob, ReleaseJob
+from vllm_fleet.connector.jobs import GrowJob, HoldJob, LoadJob, ReleaseJob
 
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
     """Scheduler to workers: the jobs of one step. Small, plain values only: vLLM serialises it for every worker."""
 
+    grows: list[GrowJob] = field(default_factory=list)
+    revoked: list[str] = field(default_factory=list)
+    """Transfers whose running request has lost its blocks."""
     holds: list[HoldJob] = field(default_factory=list)
     loads: list[LoadJob] = field(default_factory=list)
     releases: list[ReleaseJob] = field(default_factory=list)

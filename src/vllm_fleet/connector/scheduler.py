@@ -1,38 +1,50 @@
 """The connector's scheduler side: which requests hold, load or give up KV. Runs on the engine's thread; no I/O.
 
-One request on prefill: finished -> held (its blocks stay) -> vLLM frees them when every worker reports the pin ended.
-One request on decode: wanted (a valid ticket came with it) -> loading (blocks allocated) -> loaded | recomputed;
-or wanted -> local (nothing left to load) | dropped; each wanted transfer that is not loaded is given up explicitly.
+One request on prefill (prefill.py): computed -> held (its blocks stay) -> vLLM frees them when every worker reports
+that the pin ended. One request on decode: wanted (a valid ticket came with it) -> loading (blocks allocated) ->
+loaded | recomputed; or wanted -> local (nothing left to load) | dropped; each wanted transfer that is not loaded is
+given up explicitly.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
-from vllm_fleet.connector.jobs import HoldJob, LoadJob, ReleaseJob
+from vllm_fleet.connector.jobs import LoadJob, ReleaseJob
 from vllm_fleet.connector.meta import StepMetadata
-from vllm_fleet.connector.versions import request_adapter
+from vllm_fleet.connector.prefill import PrefillSide, request_digest
 from vllm_fleet.core import log
 from vllm_fleet.core.env import Env
-from vllm_fleet.core.errors import FleetError
+from vllm_fleet.core.errors import BadRequest, FleetError
 from vllm_fleet.wire.ticket import (
     FIELD,
+    StreamTicket,
     Ticket,
     WorkerAddress,
     asks_to_hold,
     asks_to_load,
-    prompt_digest,
     transfer_params,
     unseal,
 )
 
-HELD_STATUSES = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A transfer that a request's prompt can be loaded by."""
+
+    transfer: str
+    engine: str
+    workers: tuple[WorkerAddress, ...]
+    prompt: bytes
+    tokens: int
+    streamed: bool
 
 
 @dataclass
@@ -51,7 +63,8 @@ class SchedulerSide:
         self._engine = engine
         self._block_tokens = block_tokens
         self._env = env
-        self._wanted: dict[str, Ticket] = {}
+        self._prefill = PrefillSide(engine, block_tokens)
+        self._wanted: dict[str, _Wanted] = {}
         self._loading: dict[str, _Load] = {}
         self._next = StepMetadata()
 
@@ -60,20 +73,31 @@ class SchedulerSide:
     def on_new_request(self, request: Request) -> None:
         """Look at the ticket, if one came. Anything that is not ours is ignored: the prompt is computed here."""
         params = request.kv_transfer_params
-        if not asks_to_load(params):
+        if params is None or not (asks_to_load(params) or (asks_to_hold(params) and FIELD in params)):
             return
-        assert params is not None
         try:
             ticket = unseal(params.get(FIELD), self._token)
+            if asks_to_load(params):
+                self._want(request, ticket)
+            elif isinstance(ticket, StreamTicket):
+                self._prefill.on_stream(request, ticket, self.workers)
         except FleetError as error:
-            self._refuse(request, str(error))
-            return
-        reason = self._misfit(request, ticket)
-        if reason is not None:
-            self._refuse(request, reason)
+            self.outcomes["refused"] += 1
+            log.warn("handoff.refused", request=request.request_id, reason=str(error))
+
+    def _want(self, request: Request, ticket: Ticket | StreamTicket) -> None:
+        token_ids = request.prompt_token_ids or []
+        tokens = ticket.tokens if isinstance(ticket, Ticket) else len(token_ids)
+        if not 0 < tokens <= len(token_ids):
             self._give_up(ticket)
-            return
-        self._wanted[request.request_id] = ticket
+            raise BadRequest(f"the ticket is for a prompt of {tokens} tokens, this one has {len(token_ids)}")
+        digest = request_digest(request, tokens)
+        if isinstance(ticket, Ticket) and digest != ticket.prompt:
+            self._give_up(ticket)
+            raise BadRequest("the ticket is for another prompt")
+        self._wanted[request.request_id] = _Wanted(
+            ticket.transfer, ticket.engine, ticket.workers, digest, tokens, isinstance(ticket, StreamTicket)
+        )
 
     def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int, bool]:
         """Tokens that can be loaded beyond ``local_tokens``, and whether asynchronously. Free of side effects."""
@@ -98,7 +122,18 @@ class SchedulerSide:
         targets = tuple(blocks[skip:stop])
         self._loading[request.request_id] = _Load(frozenset(targets))
         self._next.loads.append(
-            LoadJob(ticket.transfer, request.request_id, ticket.workers, ticket.engine, targets, skip)
+            LoadJob(
+                ticket.transfer,
+                request.request_id,
+                ticket.workers,
+                ticket.engine,
+                ticket.prompt,
+                ticket.tokens,
+                targets,
+                skip,
+                ticket.streamed,
+                max(0.0, time.time() - request.arrival_time),
+            )
         )
 
     def on_output(self, output: KVConnectorOutput) -> None:
@@ -121,23 +156,25 @@ class SchedulerSide:
         if request.request_id in self._loading:
             self._next.cancels.append(request.request_id)
             return False, None
-        if not asks_to_hold(request.kv_transfer_params) or request.status not in HELD_STATUSES:
+        params = request.kv_transfer_params
+        if params is None or not asks_to_hold(params) or not self.workers:
             return False, None
-        tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
-        if not self.workers or not tokens or request.prompt_token_ids is None or not blocks:
+        streamed = FIELD in params
+        held = self._prefill.on_finished(request, blocks, None if streamed else self._env.new_id())
+        if held is None:
             return False, None
-        held = tuple(blocks[: -(-tokens // self._block_tokens)])
-        digest = prompt_digest(request.prompt_token_ids[:tokens], request.cache_salt, request_adapter(request))
-        made = Ticket(self._env.new_id(), self._engine, tokens, digest, self.workers)
-        self._next.holds.append(HoldJob(made.transfer, request.request_id, held))
         self.outcomes["held"] += 1
-        return True, transfer_params(made, self._token, request_id=request.request_id, block_ids=[held])
+        if streamed:
+            return True, None
+        made = Ticket(held.transfer, self._engine, held.tokens, held.prompt, self.workers)
+        return True, transfer_params(made, self._token, request_id=request.request_id, block_ids=[held.blocks])
 
     # Every step -----------------------------------------------------------------------------------------------------
 
     def take_step(self, output: SchedulerOutput) -> StepMetadata:
         """The jobs for the workers' next step."""
         step, self._next = self._next, StepMetadata()
+        self._prefill.take_step(output, step)
         step.idle = output.total_num_scheduled_tokens == 0
         return step
 
@@ -145,23 +182,12 @@ class SchedulerSide:
     def has_jobs(self) -> bool:
         """Whether jobs wait for a step, though no request may need one."""
         step = self._next
-        return bool(step.holds or step.loads or step.releases or step.cancels)
+        return bool(step.loads or step.releases or step.cancels) or self._prefill.has_jobs
 
     def take_outcomes(self) -> dict[str, int]:
         """Outcomes counted since the last call."""
         taken, self.outcomes = dict(self.outcomes), Counter()
         return taken
 
-    def _misfit(self, request: Request, ticket: Ticket) -> str | None:
-        token_ids = request.prompt_token_ids
-        if token_ids is None or not 0 < ticket.tokens <= len(token_ids):
-            return f"the ticket is for a prompt of {ticket.tokens} tokens"
-        digest = prompt_digest(token_ids[: ticket.tokens], request.cache_salt, request_adapter(request))
-        return None if digest == ticket.prompt else "the ticket is for another prompt"
-
-    def _refuse(self, request: Request, reason: str) -> None:
-        self.outcomes["refused"] += 1
-        log.warn("handoff.refused", request=request.request_id, reason=reason)
-
-    def _give_up(self, ticket: Ticket) -> None:
+    def _give_up(self, ticket: Ticket | StreamTicket | _Wanted) -> None:
         self._next.releases.append(ReleaseJob(ticket.transfer, ticket.workers))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from vllm_fleet.connector.intake import Ended
 
 SECONDS_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
@@ -16,8 +19,9 @@ SECONDS_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0
 class FleetStats(KVConnectorStats):
     """One interval's observations; ``data`` is plain and additive.
 
-    ``outcomes``: {outcome: handoffs}; ``loads``: [[transport, bytes, copy seconds, whole seconds], ...];
-    ``failures``: {reason: loads}; ``pins``: {rank: transfers held now}; ``expired``: pins that ended unused.
+    ``outcomes``: {outcome: handoffs}; ``loads``: [[transport, bytes, copy s, wait s, whole s], ...];
+    ``failures``: {reason: loads}; ``pins``: {rank: [transfers, blocks of finished requests]} held now;
+    ``expired``: pins that ended unused.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -28,6 +32,17 @@ class FleetStats(KVConnectorStats):
 
     def reset(self) -> None:
         self.data = {"outcomes": {}, "loads": [], "failures": {}, "pins": {}, "expired": 0}
+
+    def loaded(self, parts: Sequence[Ended], ranks: int) -> None:
+        """One request's KV arrived on one of ``ranks`` workers, each of which has as much."""
+        nbytes = sum(part.nbytes for part in parts) * ranks
+        slowest = max(parts, key=lambda part: part.whole_s)
+        copy_s = max(part.copy_s for part in parts)
+        self.data["loads"].append([slowest.transport, nbytes, copy_s, slowest.wait_s, slowest.whole_s])
+
+    def failed(self, reason: str) -> None:
+        """A load failed."""
+        self.data["failures"][reason] = self.data["failures"].get(reason, 0) + 1
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         for key in ("outcomes", "failures"):
@@ -75,14 +90,23 @@ class FleetMetrics(KVConnectorPromMetrics):
         self._copy = histogram(
             "vllm:fleet_handoff_copy_seconds", "Time bytes moved.", [*labelnames, "transport"], buckets=SECONDS_BUCKETS
         )
+        self._wait = histogram(
+            "vllm:fleet_handoff_wait_seconds",
+            "Time from the load's start in the worker until all its KV was ready at prefill.",
+            labelnames,
+            buckets=SECONDS_BUCKETS,
+        )
         self._whole = histogram(
             "vllm:fleet_handoff_load_seconds",
-            "Time from the load's start in the worker to its end: connecting, asking, copying, giving back.",
+            "Time from the load's start in the worker to its end: connecting, waiting, copying, giving back.",
             [*labelnames, "transport"],
             buckets=SECONDS_BUCKETS,
         )
         self._failures = counter("vllm:fleet_handoff_failures", "Loads that failed.", [*labelnames, "reason"])
         self._pins = gauge("vllm:fleet_pins", "Transfers this instance holds blocks for.", [*labelnames, "rank"])
+        self._held = gauge(
+            "vllm:fleet_reserved_blocks", "Blocks of finished requests held for decode.", [*labelnames, "rank"]
+        )
         self._expired = counter("vllm:fleet_pins_expired", "Holds that ended unused.", labelnames)
         for values in per_engine_labelvalues.values():  # shown from the start: a missing series means no connector
             for outcome in ("held", "loaded", "local", "recomputed", "refused", "dropped"):
@@ -94,12 +118,14 @@ class FleetMetrics(KVConnectorPromMetrics):
         values = self.per_engine_labelvalues[engine_idx]
         for outcome, count in transfer_stats_data["outcomes"].items():
             self._handoffs.labels(*values, outcome).inc(count)
-        for transport, nbytes, copy_s, whole_s in transfer_stats_data["loads"]:
+        for transport, nbytes, copy_s, wait_s, whole_s in transfer_stats_data["loads"]:
+            self._wait.labels(*values).observe(wait_s)
             self._bytes.labels(*values, transport).inc(nbytes)
             self._copy.labels(*values, transport).observe(copy_s)
             self._whole.labels(*values, transport).observe(whole_s)
         for reason, count in transfer_stats_data["failures"].items():
             self._failures.labels(*values, reason).inc(count)
-        for rank, pins in transfer_stats_data["pins"].items():
+        for rank, (pins, blocks) in transfer_stats_data["pins"].items():
             self._pins.labels(*values, str(rank)).set(pins)
+            self._held.labels(*values, str(rank)).set(blocks)
         self._expired.labels(*values).inc(transfer_stats_data["expired"])

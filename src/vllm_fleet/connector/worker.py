@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+import time
 from collections.abc import Mapping
 
 import torch
 
 from vllm_fleet.config.connector import ConnectorSettings
+from vllm_fleet.connector.dial import Self
 from vllm_fleet.connector.holder import Holder
-from vllm_fleet.connector.jobs import LoadJob
+from vllm_fleet.connector.intake import Ended
 from vllm_fleet.connector.loader import Loader
 from vllm_fleet.connector.meta import StepMetadata, WorkerHandshake
-from vllm_fleet.connector.peer import Ended, PeerLoad, Self
+from vllm_fleet.connector.pool import cache_pool
+from vllm_fleet.connector.publisher import Publisher
+from vllm_fleet.connector.split import Ranks, split_load, unread_ranks
 from vllm_fleet.connector.stats import FleetStats
-from vllm_fleet.core.errors import BadRequest, ConfigError
+from vllm_fleet.connector.traces import Traces
+from vllm_fleet.core.errors import BadRequest
 from vllm_fleet.fabric import integrity
-from vllm_fleet.fabric.contract import KVPool, Region, Transport
+from vllm_fleet.fabric.contract import Transport
 from vllm_fleet.fabric.endpoint import Endpoint
 from vllm_fleet.fabric.select import LinkSelector, register_all
 from vllm_fleet.net import sockets
@@ -32,13 +36,14 @@ class WorkerSide:
     """One rank's holds and loads."""
 
     def __init__(
-        self, settings: ConnectorSettings, credentials: Credentials, *, engine: str, rank: int, ranks: int
+        self, settings: ConnectorSettings, credentials: Credentials, *, engine: str, rank: int, ranks: Ranks
     ) -> None:
         self._engine, self._rank, self._ranks = engine, rank, ranks
         self._changed = threading.Condition()
         listener = sockets.listen(settings.host, 0, setting="fabric.host")
         self._endpoint = Endpoint(listener, credentials)
         self._holder = Holder(self._endpoint, self._changed, lease_s=settings.lease_s, hold_s=settings.hold_s)
+        self._publisher: Publisher | None = None
         self._endpoint.allow_read = self._holder.grants
         self._transports: dict[str, Transport] = {}
         self._settings = settings
@@ -46,6 +51,7 @@ class WorkerSide:
         self._loader: Loader | None = None
         self._invalid: set[int] = set()
         self._stats = FleetStats()
+        self._traces = Traces()
         self._last_pins = 0
 
     # Start-up -------------------------------------------------------------------------------------------------------
@@ -57,25 +63,23 @@ class WorkerSide:
             ConfigError: the memory is of a kind no transport here can move.
         """
         pool = cache_pool(caches, blocks)
-        regions = pool.regions
-        layout = {
-            **layout,
-            "regions": str(len(regions)),
-            "block_bytes": ",".join(sorted({str(region.block_bytes) for region in regions})),
-            "block_stride": ",".join(sorted({str(region.block_stride) for region in regions})),
-        }
+        layout = {**layout, "regions": str(len(pool.regions))}
+        self._block_bytes = {region.block_bytes for region in pool.regions}
         self._holder.use_pool(pool)
+        self._publisher = Publisher(self._holder, pool.cuda)
         integrity.serve(self._endpoint)
         self._transports, handles = register_all(self._settings.transports, self._endpoint, pool)
-        description = wire.Description(self._engine, self._rank, self._ranks, layout, handles)
+        shapes = tuple(wire.Shape(r.block_bytes, r.block_stride, r.blocks) for r in pool.regions)
+        description = wire.Description(self._engine, self._rank, self._ranks.ranks, layout, shapes, handles)
         selector = LinkSelector(self._transports)
         own = Self(self._credentials, selector, pool, layout, self._settings.checksums)
-        self._loader = Loader(own, self._changed, load_s=self._settings.load_s)
+        self._loader = Loader(own, self._changed, load_s=self._settings.load_s, prefill_s=self._settings.prefill_s)
 
         def describe(channel: Channel, question: wire.Question) -> wire.Answer:
             return description
 
         self._endpoint.handle(wire.Describe, describe)
+        self._endpoint.handle(wire.Trace, self._traces.answer)
         self._endpoint.start()
 
     def handshake(self) -> WorkerHandshake:
@@ -86,30 +90,46 @@ class WorkerSide:
 
     def start(self, step: StepMetadata) -> None:
         """Start the step's jobs; before the forward pass, so that peers and copies need not wait for it."""
-        self._holder.hold(step.holds)
+        self._holder.begin(step.grows, step.revoked, step.holds)
+        self._traces.begin(step.grows, step.holds, step.loads, time.monotonic())
         loader = self._loader
         if loader is None:
             return
         for request in step.cancels:
             loader.cancel(request)
         for release in step.releases:
-            if self._rank < len(release.workers):
-                loader.release(release.transfer, release.workers[self._rank])
+            for address in release.workers[self._rank :: self._ranks.ranks]:
+                loader.release(release.transfer, address)
         for job in step.loads:
-            self._start_load(loader, job)
+            try:
+                loader.load(split_load(job, self._ranks, self._rank, self._block_bytes))
+            except BadRequest as error:
+                loader.fail(job.request, job.blocks, str(error))
+                for address in job.workers[self._rank :: self._ranks.ranks]:
+                    loader.release(job.transfer, address)
+                continue
+            for rank in unread_ranks(self._ranks, len(job.workers)) if self._rank == 0 else ():
+                loader.release(job.transfer, job.workers[rank])
 
     def finish(self, step: StepMetadata) -> tuple[set[str], set[str]]:
         """Requests whose hold ended, and requests whose load ended; each once."""
         loader = self._loader
         if loader is None:
             return set(), set()
+        if step.grows and self._publisher is not None:
+            self._publisher.after_step(step.grows)
+            self._traces.published(step.grows, time.monotonic())
         if step.idle:
             self._wait(loader)
         received: set[str] = set()
-        for ended in loader.take_ended():
-            received.add(ended.load.request)
-            self._record(ended)
-        return self._holder.take_ended(), received
+        for parts in loader.take_ended():
+            received.add(parts[0].request)
+            self._record(parts)
+            self._traces.loaded(parts, time.monotonic())
+        released = self._holder.take_ended()
+        if released:
+            self._traces.released(released, time.monotonic())
+        return released, received
 
     def take_invalid(self) -> set[int]:
         """Our block ids that hold no valid KV, of loads that finish() has reported."""
@@ -120,7 +140,7 @@ class WorkerSide:
         """What happened since the last call; None when nothing did."""
         pins = self._holder.pins
         if pins != self._last_pins:
-            self._stats.data["pins"] = {str(self._rank): pins}
+            self._stats.data["pins"] = {str(self._rank): [pins, self._holder.blocks]}
             self._last_pins = pins
         self._stats.data["expired"] += self._holder.take_expired()
         if self._stats.is_empty():
@@ -130,63 +150,26 @@ class WorkerSide:
 
     def close(self) -> None:
         """Stop listening, end every link and thread."""
+        if self._publisher is not None:
+            self._publisher.close()
         if self._loader is not None:
             self._loader.close()
         for transport in self._transports.values():
             transport.close()
         self._endpoint.close()
 
-    def _start_load(self, loader: Loader, job: LoadJob) -> None:
-        load = PeerLoad(job.request, job.transfer, job.engine, job.blocks, job.skip)
-        if len(job.workers) == self._ranks:
-            loader.load(load, job.workers[self._rank])
-            return
-        error = f"prefill has {len(job.workers)} tensor-parallel ranks, this instance {self._ranks}"
-        loader.fail(load, error, "BadRequest")
-
-    def _record(self, ended: Ended) -> None:
-        if ended.error is None:
-            if self._rank == 0:
-                load = [ended.transport, ended.nbytes * self._ranks, ended.copy_s, ended.whole_s]
-                self._stats.data["loads"].append(load)
-        elif ended.reason != "cancelled":
-            self._invalid.update(ended.load.blocks)
-            failures = Counter(self._stats.data["failures"])
-            failures[ended.reason] += 1
-            self._stats.data["failures"] = dict(failures)
+    def _record(self, parts: list[Ended]) -> None:
+        failed = [part for part in parts if part.error is not None]
+        self._invalid.update(block for part in failed for block in part.blocks)
+        reasons = {part.reason for part in failed}
+        if "cancelled" in reasons and len(reasons) > 1:
+            reasons.discard("cancelled")  # abandoned because another part failed
+        for reason in reasons - {"cancelled"}:
+            self._stats.failed(reason)
+        if not failed and self._rank == 0:
+            self._stats.loaded(parts, self._ranks.ranks)
 
     def _wait(self, loader: Loader) -> None:
         with self._changed:
             if not loader.has_ended and not self._holder.has_ended:
                 self._changed.wait(IDLE_WAIT_S)
-
-
-def cache_pool(caches: Mapping[str, torch.Tensor], blocks: int) -> KVPool:
-    """One region per distinct KV tensor, in the order of layers.
-
-    Shapes are [blocks, ...] in vLLM 0.26 and 0.32 (v1/kv_cache_interface.py); memory order differs, so strides decide.
-
-    Raises:
-        ConfigError: in memory of a kind that no transport moves.
-        BadRequest: a block's bytes are not contiguous, or a backend split the blocks.
-    """
-    regions: dict[int, Region] = {}
-    devices = {cache.device for cache in caches.values()}
-    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
-        raise ConfigError(f"the KV cache is on {sorted(map(str, devices))}; it can be moved in CPU or one GPU's memory")
-    device = next(iter(devices))
-    for name, cache in caches.items():
-        if cache.shape[0] != blocks:
-            raise BadRequest(f"layer {name} has {cache.shape[0]} kernel blocks for {blocks} blocks; not supported")
-        item = cache.element_size()
-        block_bytes = cache[0].numel() * item
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(cache.shape[1:], cache.stride()[1:], strict=True))
-        if extent * item != block_bytes:
-            raise BadRequest(f"layer {name} does not keep a block's bytes together; set VLLM_KV_CACHE_LAYOUT=HND")
-        stride = cache.stride(0) * item
-        nbytes = (blocks - 1) * stride + block_bytes
-        regions.setdefault(cache.data_ptr(), Region(cache.data_ptr(), nbytes, block_bytes, stride, blocks))
-    cuda = (
-        (device.index if device.index is not None else torch.cuda.current_device()) if device.type == "cuda" else None
-    )
-    return KVPool(tuple(regions.values()), owner=list(caches.values()), cuda=cuda)

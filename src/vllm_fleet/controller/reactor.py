@@ -50,6 +50,7 @@ def on_register(state: FleetState, request: Register, now: float) -> list[Effect
         generation=state.generation + 1,
         state=request.state,
         fingerprint=request.fingerprint,
+        workers=request.workers,
     )
     effects += _change(revision, member, required=True)
     return [*effects, _registered(state, member.generation, revision)]
@@ -147,9 +148,9 @@ def is_old(held: Member, generation: int) -> bool:
 
 
 def _register_again(state: FleetState, held: Member, request: Register, now: float) -> list[Effect]:
-    said = (request.role, request.url, request.pid, request.fingerprint)
-    if said != (held.role, held.url, held.pid, held.fingerprint):
-        message = f"incarnation of {held.name} registered before with another role, url, pid or fingerprint"
+    said = (request.role, request.url, request.pid, request.fingerprint, request.workers)
+    if said != (held.role, held.url, held.pid, held.fingerprint, held.workers):
+        message = f"incarnation of {held.name} registered before with another role, url, pid, fingerprint or workers"
         return [refuse(409, "incarnation_reused", message)]
     reported = state.heard(held.name, request.state, now)
     if reported == held.state:

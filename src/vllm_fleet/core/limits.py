@@ -29,6 +29,10 @@ IOV_MAX = 1024  # segments per readv/sendmsg call (Linux UIO_MAXIOV)
 # Connector ---------------------------------------------------------------------------------------------------------
 TICKET_BYTES_MAX = 64 << 10  # a signed handoff ticket, encoded
 PINS_MAX = 65_536  # transfers one worker holds for peers
+PAST_TRANSFERS_MAX = 16_384  # transfers remembered after they ended, so that nobody waits for them
+RANKS_MAX = 1024  # workers of one instance
+TRACES_MAX = 1000  # handoffs a worker remembers for `vllm-fleet trace`
+TRACE_RECORDS_MAX = 64  # of one request: it may have several prompts
 PEERS_MAX = 1024  # prefill workers one decode worker keeps connections to
 
 # Controller --------------------------------------------------------------------------------------------------------
@@ -68,6 +72,8 @@ ORPHAN_S = 15.0  # members a restarted controller does not know yet stay in use 
 STREAM_TAIL_BYTES_MAX = 1 << 20  # an unfinished event held back; a longer one is passed on in parts
 ANSWER_BUFFER_BYTES_MAX = 16 << 20  # of an answer that is no stream, kept so that it can be asked for again
 RETRY_AFTER_S = 1  # told to clients that are refused with 503
+LATE_PREFILL_S = 2.0  # a prefill that answers after decode has answered in full is waited for so long
+TIMELINES_MAX = 1000  # requests whose timeline is kept; the oldest is forgotten
 ROUTER_STOP_S = 2.0  # running requests get so long when the router stops
 MODELS_CACHE_S = 5.0
 METRICS_BODY_BYTES_MAX = 8 << 20  # an instance's /metrics; a longer page is not read

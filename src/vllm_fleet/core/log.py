@@ -26,6 +26,7 @@ EVENTS: dict[str, str] = {
     "controller.start": "the controller listens",
     "controller.stop": "the controller was told to stop",
     "controller.unreachable": "the controller does not answer; the last known fleet stays in use",
+    "follower.slow": "a decode worker did not read how its transfers get on; it was cut off and recomputes",
     "frame.refused": "a peer sent bytes that are no valid frame; its connection was closed",
     "handoff.expired": "a lease ended before decode took the KV; its blocks are freed",
     "handoff.failed": "decode could not load KV and recomputes the prompt",

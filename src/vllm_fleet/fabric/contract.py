@@ -96,6 +96,15 @@ class Link(Protocol):
 
     transport: str
 
+    def prepare(self, plan: BlockCopyPlan) -> None:
+        """Work out beforehand what ``read(plan)`` of this very object needs, where that makes the read start sooner.
+
+        A hint, for plans that are known before the peer's bytes are: it starts no copy, does not block and raises
+        nothing. What it did is kept until that read, or until a few other plans have been prepared; most transports
+        do nothing.
+        """
+        ...
+
     def read(self, plan: BlockCopyPlan) -> Transfer:
         """Start copying the peer's bytes (``plan.source``) into this side's pool (``plan.target``); does not block.
 

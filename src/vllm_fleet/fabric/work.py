@@ -126,6 +126,9 @@ class WorkLink:
         self._thread = threading.Thread(target=self._work, name=f"fleet-{transport}-{peer}", daemon=True)
         self._thread.start()
 
+    def prepare(self, plan: BlockCopyPlan) -> None:
+        """Nothing: the link's thread works out what it needs."""
+
     def read(self, plan: BlockCopyPlan) -> WorkTransfer:
         return self._start(self._copier.read, plan)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_fleet.config.upstream import UPSTREAM
 from vllm_fleet.core.errors import ConfigError
 
 
@@ -26,6 +27,8 @@ class Machine:
     environ: Mapping[str, str]
     cache: str
     """Folder of this user for what may be kept between runs."""
+    modules: frozenset[str] = frozenset()
+    """Those of the modules that upstream connectors need which can be imported."""
 
 
 def look(environ: Mapping[str, str]) -> Machine:
@@ -37,7 +40,9 @@ def look(environ: Mapping[str, str]) -> Machine:
     cpu_build = vllm_is_cpu_build()
     gpus = () if cpu_build else _gpus(environ)
     cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-fleet"
-    return Machine(sys.executable, len(os.sched_getaffinity(0)), cpu_build, gpus, environ, str(cache))
+    wanted = {one.module for one in UPSTREAM.values() if one.module is not None}
+    modules = frozenset(module for module in wanted if importlib.util.find_spec(module) is not None)
+    return Machine(sys.executable, len(os.sched_getaffinity(0)), cpu_build, gpus, environ, str(cache), modules)
 
 
 def vllm_is_cpu_build() -> bool:

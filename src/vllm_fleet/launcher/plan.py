@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any, Literal
-
-import msgspec
 
 from vllm_fleet.config.connector import ConnectorSettings
 from vllm_fleet.config.fleet import FleetConfig
 from vllm_fleet.core.errors import ConfigError
+from vllm_fleet.launcher import connectors
 from vllm_fleet.launcher.machine import Machine
 from vllm_fleet.launcher.spec import ProcessSpec
 from vllm_fleet.wire.names import Role
 
 INSTANCE_HOST = "127.0.0.1"
-KV_ROLES: Mapping[str, str] = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
-"""Whoever loads KV must not be a kv_producer: vLLM then frees blocks that a running step may still read."""
-
 OWNED = {
     "--model": "the key 'model' sets it",
     "--port": "the launcher picks a free port",
@@ -29,7 +26,7 @@ OWNED = {
     "--headless": "every instance of a fleet has its own server",
     "--ssl-keyfile": "instances listen on loopback, behind the router",
     "--ssl-certfile": "instances listen on loopback, behind the router",
-    "--kv-transfer-config": "the keys under 'handoff' and 'fabric' set it",
+    "--kv-transfer-config": "the keys under 'connector', 'handoff' and 'fabric' set it",
 }
 """vLLM arguments that are ours to give, and why."""
 
@@ -74,9 +71,9 @@ def plan(config: FleetConfig, machine: Machine, place: Place, ports: Mapping[str
     Raises:
         ConfigError: ``vllm_args`` holds what the launcher must choose, or the machine has too few GPUs.
     """
-    check_vllm_args(config.vllm_args)
+    check_vllm_args(config)
     names = instance_names(config)
-    devices = assign_gpus(config, machine, len(names))
+    devices = assign_gpus(config, machine)
     return (
         _controller(config, machine, place, ports["controller"]),
         _router(config, machine, place, ports),
@@ -113,6 +110,7 @@ def _router(config: FleetConfig, machine: Machine, place: Place, ports: Mapping[
         "token_file": place.token_file,
         "controller": url(config.controller.host, ports["controller"]),
         "request_timeout_s": config.router.request_timeout_s,
+        "handoff": config.router.handoff,
     }
     return _own_process("router", machine, place, settings, url(config.router.host, port))
 
@@ -149,29 +147,28 @@ def _instance(
         lease_s=config.handoff.lease_s,
         hold_s=config.handoff.hold_s,
         load_s=config.handoff.load_s,
+        prefill_s=config.handoff.prefill_s,
     )
-    transfer = {
-        "kv_connector": "FleetConnector",
-        "kv_connector_module_path": "vllm_fleet.connector",
-        "kv_role": KV_ROLES[role],
-        "kv_load_failure_policy": config.handoff.on_failure,
-        "kv_connector_extra_config": msgspec.to_builtins(connector),
-    }
+    transfer = connectors.transfer_config(config, role, connector)
     argv = [machine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", config.model]
     argv += ["--host", INSTANCE_HOST, "--port", str(ports[name]), "--kv-transfer-config", json.dumps(transfer)]
     argv.append("--enable-prompt-tokens-details")
     if option(config.vllm_args, "--served-model-name") is None:
         argv += ["--served-model-name", served_name(config)]
-    if machine.cpu_build and not _chooses_compilation(config.vllm_args):
+    args = role_args(config, role)
+    if machine.cpu_build and not _chooses_compilation(args):
         argv.append("--enforce-eager")
-    argv += config.vllm_args
+    argv += args
     tmp = place.tmp.get(name)
-    env = _instance_env(config, machine, gpus, tmp)
+    env = _instance_env(config, machine, gpus, tmp, connectors.environment(config, machine, name, ports))
     own_tmp = tmp if tmp is not None and env.get("TMPDIR") == tmp else None
-    return ProcessSpec(name, "instance", role, tuple(argv), address, env, tmp=own_tmp)
+    registered = connectors.fingerprint(config)
+    return ProcessSpec(name, "instance", role, tuple(argv), address, env, tmp=own_tmp, fingerprint=registered)
 
 
-def _instance_env(config: FleetConfig, machine: Machine, gpus: str | None, tmp: str | None) -> dict[str, str]:
+def _instance_env(
+    config: FleetConfig, machine: Machine, gpus: str | None, tmp: str | None, connector: dict[str, str]
+) -> dict[str, str]:
     unless_set = {
         "PYTHONUNBUFFERED": "1",
         "PYTHONHASHSEED": "0",  # equal prefix hashes in every instance
@@ -192,17 +189,24 @@ def _instance_env(config: FleetConfig, machine: Machine, gpus: str | None, tmp: 
         env["CUDA_VISIBLE_DEVICES"] = gpus
     if tmp is not None:
         env["TMPDIR"] = tmp
-    return env | config.env
+    return env | connector | config.env
 
 
-def check_vllm_args(args: Sequence[str]) -> None:
-    """ConfigError when ``args`` hold an argument that is ours, in any spelling vLLM accepts."""
-    for arg in args:
-        name = _option_name(arg)
-        for owned, reason in OWNED.items():
-            # argparse takes any unique beginning of a name, and vLLM takes --a.b for a key inside a JSON argument
-            if name.startswith("--") and len(name) > 2 and owned.startswith(name.partition(".")[0]):
-                raise ConfigError(f"vllm_args must not hold {arg.partition('=')[0]}: {reason}")
+def role_args(config: FleetConfig, role: Role) -> tuple[str, ...]:
+    """The vLLM arguments of an instance with this role; a later one wins over an earlier."""
+    further = {"prefill": config.prefill_args, "decode": config.decode_args}
+    return (*config.vllm_args, *further.get(role, ()))
+
+
+def check_vllm_args(config: FleetConfig) -> None:
+    """ConfigError when an argument is ours, in any spelling vLLM accepts."""
+    for setting in ("vllm_args", "prefill_args", "decode_args"):
+        for arg in getattr(config, setting):
+            name = _option_name(arg)
+            for owned, reason in OWNED.items():
+                # argparse takes any unique beginning of a name, and vLLM takes --a.b for a key inside a JSON argument
+                if name.startswith("--") and len(name) > 2 and owned.startswith(name.partition(".")[0]):
+                    raise ConfigError(f"{setting} must not hold {arg.partition('=')[0]}: {reason}")
 
 
 def option(args: Sequence[str], *names: str) -> str | None:
@@ -240,18 +244,21 @@ def ranks(args: Sequence[str]) -> int:
     return total
 
 
-def assign_gpus(config: FleetConfig, machine: Machine, instances: int) -> list[str | None]:
+def assign_gpus(config: FleetConfig, machine: Machine) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each instance; None leaves it alone (no GPUs, or the user chose in ``env``).
 
     Raises:
         ConfigError: fewer GPUs than the instances need.
     """
+    names = instance_names(config)
     if machine.cpu_build or not machine.gpus or "CUDA_VISIBLE_DEVICES" in config.env:
-        return [None] * instances
-    each = ranks(config.vllm_args)
-    if each * instances > len(machine.gpus):
+        return [None] * len(names)
+    needed = [ranks(role_args(config, role)) for _, role in names]
+    if sum(needed) > len(machine.gpus):
+        each = " + ".join(map(str, needed))
         raise ConfigError(
-            f"{instances} instances of {each} GPUs need {each * instances}, this machine offers {len(machine.gpus)}; "
+            f"{len(names)} instances need {each} = {sum(needed)} GPUs, this machine offers {len(machine.gpus)}; "
             "start fewer, or set env.CUDA_VISIBLE_DEVICES to let instances share GPUs"
         )
-    return [",".join(machine.gpus[at * each : (at + 1) * each]) for at in range(instances)]
+    starts = list(accumulate(needed, initial=0))
+    return [",".join(machine.gpus[start : start + count]) for start, count in zip(starts, needed, strict=False)]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from vllm_fleet.config.fleet import FleetConfig
 from vllm_fleet.core.errors import ConfigError
-from vllm_fleet.launcher.plan import INSTANCE_HOST, instance_names, is_folder
+from vllm_fleet.launcher.connectors import side_port_name, side_ports
+from vllm_fleet.launcher.plan import INSTANCE_HOST, instance_names, is_folder, ranks, role_args
 from vllm_fleet.net import sockets
 
 MODEL_FILES = ("config.json", "params.json")
 """One of these is in every folder vLLM can load: Hugging Face's format, and Mistral's own."""
+PORT_MAX = 65_535
+RANGE_TRIES_MAX = 200
 
 
 def check_model(model: str) -> None:
@@ -49,9 +53,39 @@ def choose_ports(config: FleetConfig) -> tuple[dict[str, int], frozenset[str]]:
     for name, host in (("router", config.router.host), ("controller", config.controller.host)):
         if name not in ports:
             ports[name] = _free(host, f"{name}.host", ports)
-    for name, _ in instance_names(config):
+    for name, role in instance_names(config):
         ports[name] = _free(INSTANCE_HOST, "instances", ports)
+        _lease_side(ports, name, config.fabric.host, side_ports(config, role, ranks(role_args(config, role))))
     return ports, frozenset(fixed)
+
+
+def choose_again(ports: dict[str, int], name: str, side_host: str) -> None:
+    """Other ports for a process that found one of its own taken."""
+    ports[name] = _free(INSTANCE_HOST, "instances", ports)
+    count = sum(other.startswith(side_port_name(name, 0)[:-1]) for other in ports)
+    _lease_side(ports, name, side_host, count)
+
+
+def _lease_side(ports: dict[str, int], name: str, host: str, count: int) -> None:
+    if count:
+        first = _free_range(host, count, set(ports.values()))
+        ports |= {side_port_name(name, index): first + index for index in range(count)}
+
+
+def _free_range(host: str, count: int, taken: set[int]) -> int:
+    """The first of ``count`` consecutive ports that are free now and not in ``taken``."""
+    with contextlib.ExitStack() as held:
+        for _ in range(RANGE_TRIES_MAX):
+            # Each try holds its first port, so that the next one differs.
+            first = held.enter_context(sockets.listen(host, 0, setting="fabric.host")).getsockname()[1]
+            wanted = range(first, first + count)
+            if wanted[-1] > PORT_MAX or not taken.isdisjoint(wanted):
+                continue
+            with contextlib.ExitStack() as probes, contextlib.suppress(ConfigError):
+                for port in wanted[1:]:
+                    probes.enter_context(sockets.listen(host, port, setting="fabric.host"))
+                return int(first)
+    raise ConfigError(f"connector: found no {count} consecutive free ports on {host} in {RANGE_TRIES_MAX} tries")
 
 
 def _free(host: str, setting: str, taken: dict[str, int]) -> int:

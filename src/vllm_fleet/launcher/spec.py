@@ -26,6 +26,8 @@ class ProcessSpec:
     settings_file: str | None = None
     tmp: str | None = None
     """Its own folder for temporary files, removed after its death."""
+    fingerprint: Mapping[str, str] | None = None
+    """For instances that the supervisor registers with the controller: what to say; None: they register themselves."""
 
     @property
     def health_url(self) -> str:

@@ -22,14 +22,14 @@ from vllm_fleet.config.fleet import LauncherConfig
 from vllm_fleet.core import limits, log
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import FleetError
-from vllm_fleet.launcher import ask, events, logs, processes, reactor
+from vllm_fleet.launcher import ask, events, logs, preflight, processes, reactor
 from vllm_fleet.launcher.child import ChildProcess
 from vllm_fleet.launcher.processes import ProcessId
 from vllm_fleet.launcher.reactor import Child, Fleet
 from vllm_fleet.launcher.record import FleetRecord, ProcessRecord, write_record
+from vllm_fleet.launcher.registrar import Registrar
 from vllm_fleet.launcher.rundir import RunDir
 from vllm_fleet.launcher.spec import ProcessSpec
-from vllm_fleet.net import sockets
 
 TURN_S = 0.05
 SERVING_TURN_S = 0.2
@@ -73,9 +73,11 @@ class Supervisor:
     def __init__(
         self, run: RunDir, planner: Planner, ports: Mapping[str, int], fixed: frozenset[str],
         settings: LauncherConfig, model: str, environ: Mapping[str, str], view: View, *, verbose: bool = False,
+        side_host: str = "127.0.0.1",
     ) -> None:  # fmt: skip
+        """``side_host`` is where ports that instances need beside their own are chosen."""
         self._run, self._planner, self._ports, self._view = run, planner, dict(ports), view
-        self._environ, self._model, self._verbose = environ, model, verbose
+        self._environ, self._model, self._verbose, self._side_host = environ, model, verbose, side_host
         self._specs = {spec.name: spec for spec in planner(self._ports)}
         children = {name: Child(name, spec.kind, name in fixed) for name, spec in self._specs.items()}
         self._fleet = Fleet(children, settings.ready_s, settings.stop_s)
@@ -86,6 +88,7 @@ class Supervisor:
         self._answers: queue.SimpleQueue[events.Answered] = queue.SimpleQueue()
         self._followers = {name: logs.Follower(run.log_file(name)) for name in self._specs} if verbose else {}
         self._probers = ThreadPoolExecutor(limits.PROBES_MAX, "fleet-probe")
+        self._registrar = Registrar(run.token_file)
         self._lines: tuple[str, ...] = ()
         self._code: int | None = None
         self._remember_at = 0.0
@@ -109,6 +112,7 @@ class Supervisor:
                     self._turn()
             finally:
                 self._last_resort()
+                self._registrar.close()
                 self._probers.shutdown(cancel_futures=True)
         fleet = self._fleet
         self._show_output()
@@ -150,7 +154,7 @@ class Supervisor:
             case events.Start(name):
                 return self._start(name)
             case events.Repick(name):
-                self._ports[name] = sockets.free_port("127.0.0.1")
+                preflight.choose_again(self._ports, name, self._side_host)
                 self._specs = {spec.name: spec for spec in self._planner(self._ports)}
             case events.Probe(name):
                 # A router that came back answers 503 while no instance is left: it is up, and not to be killed for it.
@@ -181,11 +185,16 @@ class Supervisor:
             return events.Exited(name, None, str(error))
         self._running[name] = child
         self._pids[name] = child.id
+        self._registrar.began(spec, child.pid, self._controller_url())
         log.event("child.start", child=name, pid=child.pid)
         self._publish()
         return None
 
+    def _controller_url(self) -> str:
+        return next(spec.url for spec in self._specs.values() if spec.kind == "controller")
+
     def _bury(self, name: str) -> events.Exited:
+        self._registrar.ended(name)
         child = self._running.pop(name)
         code = child.bury()
         lines = logs.tail(self._run.log_file(name))
@@ -200,6 +209,7 @@ class Supervisor:
         self._answers.put(events.Answered(name, healthy))
 
     def _signal(self, name: str, signum: signal.Signals) -> None:
+        self._registrar.ended(name)  # out of routing first: while it drains, /health answers and requests fail
         child = self._running.get(name)
         if child is not None:
             child.remember(processes.table())

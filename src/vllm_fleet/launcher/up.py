@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from vllm_fleet.config.fleet import FleetConfig
 from vllm_fleet.core import limits, log
 from vllm_fleet.core.errors import Busy, ConfigError, Corrupt
-from vllm_fleet.launcher import machine, plan, preflight, record
+from vllm_fleet.launcher import connectors, machine, plan, preflight, record
 from vllm_fleet.launcher.rundir import RunDir, home
 from vllm_fleet.launcher.supervisor import Outcome, Supervisor, View
 
@@ -21,9 +21,10 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 def check(config: FleetConfig, environ: Mapping[str, str]) -> machine.Machine:
     """Everything that can be known to be wrong before a process starts, but for ports; ConfigError says what."""
     preflight.check_model(config.model)
-    plan.check_vllm_args(config.vllm_args)
+    plan.check_vllm_args(config)
     facts = machine.look(environ)
-    plan.assign_gpus(config, facts, len(plan.instance_names(config)))
+    connectors.check(config, facts)
+    plan.assign_gpus(config, facts)
     return facts
 
 
@@ -51,8 +52,9 @@ def up(config: FleetConfig, environ: Mapping[str, str], view: View, *, verbose: 
         place = plan.Place(str(run.token_file), str(run.settings_folder), str(run.state_folder), tmp)
         planner = functools.partial(plan.plan, config, facts, place)
         supervisor = Supervisor(
-            run, planner, ports, fixed, config.launcher, plan.served_name(config), environ, view, verbose=verbose
-        )
+            run, planner, ports, fixed, config.launcher, plan.served_name(config), environ, view, verbose=verbose,
+            side_host=config.fabric.host,
+        )  # fmt: skip
         with log.to_file(run.log_file(SUPERVISOR)):
             outcome = supervisor.run()
         run.clear(keep_record=outcome.code != 0)

@@ -55,6 +55,17 @@ class Channel:
         except OSError as error:
             raise PeerGone(f"the connection to {self.peer} broke: {error.strerror or error}") from error
 
+    def push(self, payload: bytes) -> bool:
+        """Send one frame without waiting; False where the peer is so far behind that it does not fit.
+
+        The connection is of no use then: half a frame may be under way. For the thread that does not receive.
+        """
+        frame = encode_frame(payload)
+        try:
+            return self.socket.send(frame, socket.MSG_DONTWAIT) == len(frame)
+        except OSError:
+            return False
+
     def receive(self, deadline: Deadline, bytes_max: int = limits.FRAME_BYTES_MAX) -> bytes:
         """Receive one frame. Raises PeerGone, DeadlineExceeded, or Corrupt when a longer frame is announced."""
         length = frame_length(bytes(self.receive_exactly(HEADER.size, deadline)), bytes_max)

@@ -19,7 +19,7 @@ from vllm_fleet.router.app import OnEvent, running
 from vllm_fleet.router.settings import RouterSettings, read_settings
 
 
-async def serve(settings: RouterSettings, secret: str) -> None:
+async def serve(settings: RouterSettings, token: bytes) -> None:
     """Serve until SIGTERM or SIGINT; ConfigError when the address cannot be used."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -27,10 +27,11 @@ async def serve(settings: RouterSettings, secret: str) -> None:
         loop.add_signal_handler(number, stop.set)
 
     async def follow(on_event: OnEvent) -> None:
-        await watch(settings.controller, secret, on_event)
+        await watch(settings.controller, bearer(token), on_event)
 
     with listen(settings.host, settings.port, setting="router.host, router.port", backlog=1024) as listener:
-        async with running(listener, follow, RealEnv(), settings.request_timeout_s):
+        streamed = settings.handoff == "streamed"
+        async with running(listener, follow, RealEnv(), settings.request_timeout_s, token, streamed=streamed):
             await stop.wait()
 
 
@@ -42,8 +43,7 @@ def main() -> int:
     log.setup()
     try:
         settings = read_settings(arguments.settings)
-        secret = bearer(read_token(settings.token_file))
-        uvloop.run(serve(settings, secret))
+        uvloop.run(serve(settings, read_token(settings.token_file)))
     except ConfigError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 2

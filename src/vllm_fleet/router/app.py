@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
+from vllm_fleet.config.connector import bearer
 from vllm_fleet.core import limits, log
 from vllm_fleet.core.env import Env
 from vllm_fleet.router.audit import Audit, run_audit
@@ -15,6 +16,7 @@ from vllm_fleet.router.exchange import Exchange
 from vllm_fleet.router.fleet_view import FleetView
 from vllm_fleet.router.http import Server
 from vllm_fleet.router.metrics import Metrics
+from vllm_fleet.router.minting import minting
 from vllm_fleet.router.models import Models
 from vllm_fleet.router.policies.least_load import LeastLoad
 from vllm_fleet.router.upstream import Upstream
@@ -36,16 +38,35 @@ class Router:
 
 @contextlib.asynccontextmanager
 async def running(
-    listener: socket.socket, watch: Watch, env: Env, request_timeout_s: float, stop_s: float = limits.ROUTER_STOP_S
+    listener: socket.socket,
+    watch: Watch,
+    env: Env,
+    request_timeout_s: float,
+    token: bytes,
+    *,
+    streamed: bool = True,
+    stop_s: float = limits.ROUTER_STOP_S,
 ) -> AsyncIterator[Router]:
-    """A router that serves on ``listener`` inside the block; leaving it stops it, politely for ``stop_s``."""
+    """A router that serves on ``listener`` inside the block; leaving it stops it, politely for ``stop_s``.
+
+    ``token`` is the fleet's: it signs tickets, and what is derived from it opens timelines.
+    """
     view, audit = FleetView(), Audit()
     metrics = Metrics(view, audit)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     async with Upstream() as upstream:
-        exchange = Exchange(view, upstream, audit, metrics, env, prefill_policy=LeastLoad(), decode_policy=LeastLoad())
-        server = Server(view, exchange, Models(view, upstream, env), metrics, env, request_timeout_s)
+        exchange = Exchange(
+            view,
+            upstream,
+            audit,
+            metrics,
+            env,
+            prefill_policy=LeastLoad(),
+            decode_policy=LeastLoad(),
+            mint=minting(token, env) if streamed else None,
+        )
+        server = Server(view, exchange, Models(view, upstream, env), metrics, env, request_timeout_s, bearer(token))
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(_watch(watch, exchange.apply)),
@@ -58,6 +79,7 @@ async def running(
             finally:
                 log.event("router.stop", running=exchange.live)
                 await server.stop(stop_s)
+                await exchange.close()
                 for task in tasks:
                     task.cancel()
 

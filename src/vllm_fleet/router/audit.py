@@ -18,7 +18,7 @@ from vllm_fleet.core import limits, log
 from vllm_fleet.core.env import Env
 from vllm_fleet.router.fleet_view import FleetView
 from vllm_fleet.router.upstream import Upstream, UpstreamFailure
-from vllm_fleet.wire.control import Member
+from vllm_fleet.wire.control import UPSTREAM_CONNECTOR, Member
 
 HANDOFFS = "vllm:fleet_handoffs_total"
 BYTES = "vllm:fleet_handoff_bytes_total"
@@ -152,6 +152,8 @@ class Audit:
         settle = limits.AUDIT_SETTLE_S + 2 * limits.AUDIT_POLL_S
         wanted = []
         for member in members:
+            if UPSTREAM_CONNECTOR in member.fingerprint:
+                continue
             ledger = self._ledgers.get(member.name)
             fresh = self._incarnations.get(member.name) != member.incarnation
             if fresh or ledger is None or now - ledger.last_sent < settle:

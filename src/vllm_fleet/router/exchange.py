@@ -1,57 +1,31 @@
-"""Runs one request: does what its Handoff decides, and passes the answer to the client. Knows no sockets."""
+"""Runs requests: does what each one's Handoff decides, and owns the tasks that this takes. Knows no sockets."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterable, Iterator
+from typing import TypeVar
 
-from vllm_fleet.core import limits, log
-from vllm_fleet.core.deadline import Deadline
+from vllm_fleet.core import limits
 from vllm_fleet.core.env import Env
-from vllm_fleet.router import headers, problem
+from vllm_fleet.router import problem
+from vllm_fleet.router.asking import Asking, PrefillAnswer
 from vllm_fleet.router.audit import Audit
+from vllm_fleet.router.call import Call
 from vllm_fleet.router.fleet_view import FleetView
-from vllm_fleet.router.handoff import NO_PARAMS, Fail, Handoff, PassOn, Send, Step
+from vllm_fleet.router.handoff import Fail, GoOn, Handoff, Mint, PassOn, Send, Step, Together
 from vllm_fleet.router.metrics import Metrics
-from vllm_fleet.router.openai import GenerateRequest
 from vllm_fleet.router.policies.contract import Policy
 from vllm_fleet.router.problem import Problem
 from vllm_fleet.router.reply import Reply, Sink
-from vllm_fleet.router.sse import EventStream
-from vllm_fleet.router.upstream import Upstream, UpstreamAnswer, UpstreamFailure
+from vllm_fleet.router.upstream import Upstream, UpstreamFailure
 from vllm_fleet.wire.control import Change, Member, Snapshot
 
 _LAST_WORD_S = 1.0  # for the error at the end of a request whose time is over
 
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A client's request, as it came in."""
-
-    request: GenerateRequest
-    headers: Mapping[str, str]
-    """Looked up in any case."""
-    request_id: str
-    began: float
-    deadline: Deadline
-
-
-class Throttle:
-    """Says whether a warning of this kind is due again: a flood of failures must not become a flood of lines."""
-
-    def __init__(self) -> None:
-        self._last: dict[tuple[str, ...], float] = {}
-
-    def due(self, now: float, *key: str) -> bool:
-        """Whether to warn now; counts as having warned."""
-        if now - self._last.get(key, float("-inf")) < limits.WARN_EVERY_S:
-            return False
-        if len(self._last) >= limits.MEMBERS_MAX:
-            self._last.clear()
-        self._last[key] = now
-        return True
+_Found = PrefillAnswer | UpstreamFailure
+_T = TypeVar("_T")
 
 
 class Exchange:
@@ -67,13 +41,14 @@ class Exchange:
         *,
         prefill_policy: Policy,
         decode_policy: Policy,
+        mint: Mint | None = None,
     ) -> None:
-        self._view, self._upstream, self._env = view, upstream, env
-        self._audit, self._metrics = audit, metrics
-        self._prefill_policy, self._decode_policy = prefill_policy, decode_policy
-        self._throttle = Throttle()
+        """Without ``mint`` every handoff is sequential."""
+        self._view, self._metrics, self._env = view, metrics, env
+        self._prefill_policy, self._decode_policy, self._mint = prefill_policy, decode_policy, mint
+        self._asking = Asking(view, upstream, audit, metrics, env)
         self._live: set[asyncio.Timeout] = set()
-        self._waiting: dict[str, set[asyncio.Timeout]] = {}
+        self._late: set[asyncio.Task[_Found]] = set()
         self.stopping = False
         self.idle = asyncio.Event()
         """Set while no request runs."""
@@ -86,10 +61,7 @@ class Exchange:
 
     def apply(self, event: Snapshot | Change) -> None:
         """Take over what the controller says; requests at instances that are gone go on elsewhere at once."""
-        for incarnation in self._view.apply(event, self._env.now()):
-            for scope in self._waiting.get(incarnation, ()):
-                if not scope.expired():
-                    scope.reschedule(0.0)
+        self._asking.gone(self._view.apply(event, self._env.now()))
 
     def stop(self, seconds: float) -> None:
         """Let running requests go on for ``seconds``, then end them with an error; whoever listens refuses new ones."""
@@ -98,6 +70,10 @@ class Exchange:
         for scope in self._live:
             if not scope.expired():
                 scope.reschedule(min(end, scope.when() or end))
+
+    async def close(self) -> None:
+        """End what no request waits for any more; after the last ``run``."""
+        await _ended(self._late)
 
     async def run(self, call: Call, sink: Sink) -> int:
         """Answer one request. The client got an answer, or one typed error, or its connection was cut.
@@ -108,8 +84,8 @@ class Exchange:
         Raises:
             ClientGone: the client hung up; all work for it has been cancelled.
         """
-        handoff = Handoff(call.request, self._view, self._prefill_policy, self._decode_policy)
-        reply = Reply(sink, handoff, self._metrics, self._env, call.request.route.value, call.began)
+        handoff = Handoff(call.request, self._view, self._prefill_policy, self._decode_policy, self._mint)
+        reply = Reply(sink, handoff, self._metrics, self._env, call)
         scope = asyncio.timeout(call.deadline.remaining())
         self._live.add(scope)
         self.idle.clear()
@@ -126,132 +102,102 @@ class Exchange:
             if not self._live:
                 self.idle.set()
             self._metrics.handoffs.labels(handoff.outcome).inc()
+            call.timeline.took_part(handoff)
+            call.timeline.end(handoff.outcome, reply.status, self._env.now())
         return reply.status or 500
 
     async def _steps(self, call: Call, handoff: Handoff, reply: Reply) -> None:
-        step: Step = handoff.start(self._env.now())
-        while isinstance(step, Send):
-            send = self._prefill if step.stage == "prefill" else self._decode
-            step = await send(call, handoff, step, reply)
+        step = handoff.start(self._env.now())
+        while isinstance(step, Send | Together):
+            call.timeline.took_part(handoff)
+            if isinstance(step, Together):
+                step = await self._together(call, handoff, step, reply)
+            elif step.stage == "prefill":
+                step = await self._prefill_first(call, handoff, step, reply)
+            else:
+                with self._counted(step.member):
+                    step = await self._asking.decode(call, handoff, step, reply)
         if isinstance(step, Fail):
             await reply.end_with(step.problem)
 
-    async def _prefill(self, call: Call, handoff: Handoff, send: Send, reply: Reply) -> Step:
-        began = self._env.now()
-        wanted = headers.to_instance(call.headers, f"{call.request_id}-p")
-        url = send.member.url + call.request.route.value
-        try:
-            async with self._at(send.member), self._upstream.post(url, wanted, send.body) as answer:
-                body = await answer.read(limits.PREFILL_ANSWER_BYTES_MAX)
-        except UpstreamFailure as failure:
-            self._failed(call, send, failure)
-            return handoff.on_prefill_failure(self._env.now())
-        self._view.mark_up(send.member.name)
-        now = self._env.now()
-        self._metrics.prefill.observe(now - began)
-        step = handoff.on_prefill_answer(answer.status, body, now)
-        if isinstance(step, PassOn):
-            await reply.error(answer.status, answer.headers, body, send.member.name)
-        elif answer.status != 200:
-            self._failed(call, send, _bad_status(answer))
-        elif handoff.outcome == NO_PARAMS and self._throttle.due(now, NO_PARAMS, send.member.name):
-            log.warn("handoff.no_params", prefill=send.member.name, request=call.request_id)
-        return step
+    async def _prefill_first(self, call: Call, handoff: Handoff, send: Send, reply: Reply) -> Step:
+        with self._counted(send.member):
+            found = await self._asking.prefill(call, send)
+        step = self._asking.judge(call, handoff, send, found)
+        return await _passed_on(step, send, found, reply)
 
-    async def _decode(self, call: Call, handoff: Handoff, send: Send, reply: Reply) -> Step:
-        wanted = headers.to_instance(call.headers, call.request_id)
-        url = send.member.url + call.request.route.value
-        judged = handoff.handed_off and self._audit.known(send.member.name)
+    async def _together(self, call: Call, handoff: Handoff, both: Together, reply: Reply) -> Step:
+        """Ask prefill and decode at once; returns the first step that needs no prefill any more.
+
+        Owns both tasks: none outlives this, but for a prefill that decode has overtaken (_let_end).
+        """
+        prefill = self._spawn(call, both.prefill, self._asking.prefill(call, both.prefill))
+        running: set[asyncio.Task[_Found] | asyncio.Task[Step]] = {prefill}
+        step: Step = both.decode
+        heard = False
         try:
-            async with self._at(send.member), self._upstream.post(url, wanted, send.body) as answer:
-                self._view.mark_up(send.member.name)
-                if answer.status >= 400:
-                    return await self._decode_error(call, handoff, send, answer, reply)
-                if answer.status >= 300:
-                    raise _bad_status(answer)
-                if headers.content_type(answer.headers) == "text/event-stream":
-                    await _relay_stream(answer, reply)
-                else:
-                    await _relay_whole(answer, reply)
-        except UpstreamFailure as failure:
-            self._failed(call, send, failure)
-            if not reply.started:
-                return handoff.on_decode_failure(failure.kind, self._env.now())
-            await reply.end_with(problem.stream_broke(send.member.name))
+            while isinstance(step, Send) and handoff.handed_off:
+                call.timeline.took_part(handoff)
+                decode = self._spawn(call, step, self._asking.decode(call, handoff, step, reply))
+                running.add(decode)
+                if not heard:
+                    await asyncio.wait((prefill, decode), return_when=asyncio.FIRST_COMPLETED)
+                if not heard and prefill.done() and not decode.done():
+                    heard, found = True, prefill.result()
+                    # Nothing is awaited between this judgement and the cancelling: decode cannot begin in between.
+                    news = self._asking.judge(call, handoff, both.prefill, found)
+                    if not isinstance(news, GoOn):
+                        await _ended((decode,))
+                        return await _passed_on(news, both.prefill, found, reply)
+                step = await decode
+            if reply.status is not None and reply.status < 300 and not prefill.done():
+                running.discard(prefill)
+                self._let_end(prefill)
+            return step
         finally:
-            if judged and reply.status is not None and reply.status < 300:
-                self._audit.sent(send.member.name, self._env.now())
-        return PassOn()
+            await _ended(running)
 
-    async def _decode_error(
-        self, call: Call, handoff: Handoff, send: Send, answer: UpstreamAnswer, reply: Reply
-    ) -> Step:
-        body = await answer.read(limits.ERROR_BODY_BYTES_MAX)
-        step = handoff.on_decode_status(answer.status, self._env.now())
-        if isinstance(step, PassOn):
-            await reply.error(answer.status, answer.headers, body, send.member.name)
-        if answer.status >= 500:
-            self._failed(call, send, _bad_status(answer))
-        return step
+    def _let_end(self, prefill: asyncio.Task[_Found]) -> None:
+        """The answer is complete before prefill has said so: let it say so, for the metrics, but not for long."""
+        timer = asyncio.get_running_loop().call_later(limits.LATE_PREFILL_S, prefill.cancel)
+        self._late.add(prefill)
+        prefill.add_done_callback(self._late.discard)
+        prefill.add_done_callback(lambda _: timer.cancel())
 
-    @contextlib.asynccontextmanager
-    async def _at(self, member: Member) -> AsyncIterator[None]:
-        """Count a request at ``member``, and leave with UpstreamFailure when the controller says that it is gone."""
-        scope = asyncio.timeout(None)
-        waiting = self._waiting.setdefault(member.incarnation, set())
+    def _spawn(self, call: Call, send: Send, work: Coroutine[None, None, _T]) -> asyncio.Task[_T]:
+        """A task that counts as a request at its instance from now until it ends, even if it never starts."""
+        name = send.member.name
+        self._view.begin(name)
+        task = asyncio.create_task(work, name=f"{send.stage} {call.request_id}")
+        task.add_done_callback(lambda _: self._view.end(name))
+        return task
+
+    @contextlib.contextmanager
+    def _counted(self, member: Member) -> Iterator[None]:
         self._view.begin(member.name)
         try:
-            async with scope:
-                waiting.add(scope)
-                yield
-        except TimeoutError as error:
-            if not scope.expired():
-                raise
-            raise UpstreamFailure("gone", "the controller says that it is gone") from error
+            yield
         finally:
             self._view.end(member.name)
-            waiting.discard(scope)
-            if not waiting:
-                self._waiting.pop(member.incarnation, None)
-
-    def _failed(self, call: Call, send: Send, failure: UpstreamFailure) -> None:
-        self._metrics.failures.labels(send.stage, failure.kind).inc()
-        now = self._env.now()
-        if failure.kind == "refused":
-            self._view.mark_down(send.member, now)
-        if self._throttle.due(now, send.stage, failure.kind, send.member.name):
-            log.warn(
-                "upstream.failed",
-                instance=send.member.name,
-                stage=send.stage,
-                kind=failure.kind,
-                reason=failure.reason,
-                request=call.request_id,
-            )
 
 
-async def _relay_stream(answer: UpstreamAnswer, reply: Reply) -> None:
-    """Pass events on as they come."""
-    events = EventStream()
-    async for chunk in answer.chunks():
-        await reply.part(answer.status, answer.headers, events.feed(chunk))
-    await reply.part(answer.status, answer.headers, events.rest())
-    if not events.done:
-        raise UpstreamFailure("disconnected", "the stream ended before [DONE]")
+async def _passed_on(step: Step, send: Send, found: _Found, reply: Reply) -> Step:
+    """``step``, with prefill's answer given to the client if that is what the step says."""
+    if isinstance(step, PassOn) and isinstance(found, PrefillAnswer):
+        await reply.error(found.status, found.headers, found.body, send.member.name)
+    return step
 
 
-async def _relay_whole(answer: UpstreamAnswer, reply: Reply) -> None:
-    """Kept until complete where it fits, so that an instance that dies meanwhile costs the client nothing."""
-    kept = bytearray()
-    async for chunk in answer.chunks():
-        if reply.started:
-            await reply.part(answer.status, answer.headers, chunk)
-            continue
-        kept += chunk
-        if len(kept) > limits.ANSWER_BUFFER_BYTES_MAX:
-            await reply.part(answer.status, answer.headers, bytes(kept))
-    if not reply.started:
-        await reply.whole(answer.status, answer.headers, bytes(kept))
+async def _ended(tasks: Iterable[asyncio.Task[_Found] | asyncio.Task[Step]]) -> None:
+    """Cancel and wait until all are over: at once, as nothing they do when cancelled waits for anything."""
+    left = list(tasks)
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left)
+    for task in left:
+        if not task.cancelled():
+            task.exception()  # read, so that asyncio does not report as lost what nobody needs any more
 
 
 async def _give_up(reply: Reply, reason: Problem) -> None:
@@ -261,7 +207,3 @@ async def _give_up(reply: Reply, reason: Problem) -> None:
             await reply.end_with(reason)
     except TimeoutError:
         reply.abort()
-
-
-def _bad_status(answer: UpstreamAnswer) -> UpstreamFailure:
-    return UpstreamFailure("status_5xx" if answer.status >= 500 else "bad_answer", f"status {answer.status}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vllm_fleet.core import limits
-from vllm_fleet.wire.control import Change, Member, Snapshot
+from vllm_fleet.wire.control import MAY_DIFFER, Change, Member, Snapshot
 
 
 @dataclass(slots=True)
@@ -144,7 +144,10 @@ class FleetView:
 
 def compatible(one: Member, other: Member) -> bool:
     """Whether KV of one can be used by the other; an instance without a fingerprint is taken at its word."""
-    return not one.fingerprint or not other.fingerprint or one.fingerprint == other.fingerprint
+    if not one.fingerprint or not other.fingerprint:
+        return True
+    keys = (one.fingerprint.keys() | other.fingerprint.keys()) - MAY_DIFFER
+    return all(one.fingerprint.get(key) == other.fingerprint.get(key) for key in keys)
 
 
 def fleet_health(view: FleetView, now: float) -> tuple[bool, dict[str, object]]:

@@ -1,8 +1,23 @@
 """One request's way through the fleet, as decisions: what to send where next, or what to answer. Pure.
 
+Sequential, for prefill instances that cannot be told of a transfer beforehand:
+
     start ──> Send(prefill) ──answer──> Send(decode, with params) ──> relayed to the client
       │             └──failed────────> Send(decode, without params)      └──failed before its first byte──> another
       └────> Send(decode): nothing to hand off                               instance, or Fail
+
+Streamed: both are sent together with one ticket, and decode takes the KV while prefill computes it.
+
+    start ──> Together(prefill, decode) ──decode answers──> relayed to the client, whatever prefill says from then on
+                 ├──prefill answers 200──> GoOn: decode is waited for
+                 ├──prefill answers 4xx──> PassOn: decode is cancelled
+                 ├──prefill failed───────> Send(decode, without params), to the same instance if it is still there
+                 └──decode failed────────> Send(decode), to another: with the ticket if decode never saw it and prefill
+                                           goes on, else without, and prefill is cancelled
+
+Decode has begun to answer ("begun") when there is something to pass on: the first event of a stream, or the response
+to a request that is not streamed. Response headers of a stream say nothing: vLLM sends them before it has computed
+anything.
 
 Whoever runs it (exchange.py) sends what it is told and reports what happened. Every request ends with one outcome:
 
@@ -12,12 +27,12 @@ Whoever runs it (exchange.py) sends what it is told and reports what happened. E
 | local | the fleet has no prefill instances, or the one chosen does both: one instance did everything |
 | skipped:REASON | not handed off: its shape (openai.py), or no_prefill, no_decode, no_pair, no_params, retried |
 | prefill_failed | the prefill instance died or failed; decode computed the prompt itself |
-| refused | the prefill instance refused the request (4xx): that is the client's answer |
+| refused | the prefill instance refused the request (4xx): that is the client's answer; streamed: either of them did |
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +65,19 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class Together:
+    """Post both at the same time."""
+
+    prefill: Send
+    decode: Send
+
+
+@dataclass(frozen=True, slots=True)
+class GoOn:
+    """Wait for what still runs."""
+
+
+@dataclass(frozen=True, slots=True)
 class PassOn:
     """The answer in hand is the client's answer."""
 
@@ -61,19 +89,29 @@ class Fail:
     problem: Problem
 
 
-Step = Send | PassOn | Fail
+Step = Send | Together | GoOn | PassOn | Fail
+
+Mode = Literal["streamed", "sequential"]
+
+Mint = Callable[[Member], tuple[bytes, bytes]]
+"""A fresh ticket for a transfer from this prefill instance: kv_transfer_params for prefill, and those for decode."""
 
 
 class Handoff:
     """Decisions for one request. Call ``start`` once, then report each thing that happened and do what comes back."""
 
-    def __init__(self, request: GenerateRequest, view: FleetView, prefill: Policy, decode: Policy) -> None:
+    def __init__(
+        self, request: GenerateRequest, view: FleetView, prefill: Policy, decode: Policy, mint: Mint | None = None
+    ) -> None:
+        """Without ``mint`` every handoff is sequential."""
         self._request = request
         self._view = view
-        self._prefill_policy, self._decode_policy = prefill, decode
+        self._prefill_policy, self._decode_policy, self._mint = prefill, decode, mint
         self._params: bytes | None = None
         self._tried: list[str] = []
         self._lost: set[str] = set()
+        self._begun = False
+        self.mode: Mode = "sequential"
         self.prefill: Member | None = None
         self.decode: Member | None = None
         self.outcome = LOCAL
@@ -92,7 +130,13 @@ class Handoff:
         if chosen.role == "both":
             return self._send_decode(chosen)
         self.prefill = chosen
-        return Send("prefill", chosen, self._request.prefill_body())
+        if self._mint is None or not chosen.workers:
+            return Send("prefill", chosen, self._request.prefill_body())
+        self.mode, self.outcome = "streamed", HANDED_OFF
+        hold, self._params = self._mint(chosen)
+        decode = self._next_decode(now)
+        assert isinstance(decode, Send), "a prefill was chosen that no decode fits"
+        return Together(Send("prefill", chosen, self._request.prefill_body(hold)), decode)
 
     def _plan(self, now: float) -> tuple[str, list[Member]]:
         """The outcome if nothing is handed off, and who could compute the prompt if something is."""
@@ -113,19 +157,33 @@ class Handoff:
 
     def on_prefill_answer(self, status: int, body: bytes, now: float) -> Step:
         """The prefill instance answered in full."""
+        if self._begun:
+            return GoOn()
         if 400 <= status < 500:
-            self.outcome = REFUSED
+            self.outcome, self.decode = REFUSED, None
             return PassOn()
         if status != 200:
             return self.on_prefill_failure(now)
+        if self.mode == "streamed":
+            return GoOn()
         self._params = take_params(body)
         self.outcome = HANDED_OFF if self._params is not None else NO_PARAMS
         return self._next_decode(now)
 
     def on_prefill_failure(self, now: float) -> Step:
         """The prefill instance died, hung up or failed: decode computes the prompt itself."""
-        self.outcome = PREFILL_FAILED
+        if self._begun:
+            return GoOn()
+        self._params, self.outcome = None, PREFILL_FAILED
+        waiting = self.decode
+        if waiting is not None and waiting in self._view.decodes(now):
+            self._tried.remove(waiting.name)  # it did not fail: being asked anew is no second try
+            return self._send_decode(waiting)
         return self._next_decode(now)
+
+    def on_decode_begun(self) -> None:
+        """The decode instance has begun to answer."""
+        self._begun = True
 
     def on_decode_failure(self, kind: FailureKind, now: float) -> Step:
         """The decode instance failed before the first byte of its answer went to the client."""
@@ -147,6 +205,9 @@ class Handoff:
         assert self.decode is not None, "a decode answered that was never sent"
         elsewhere = [member for member in self._view.decodes(now) if member.name not in self._tried]
         if status < 500 or not elsewhere or len(self._tried) >= 2:
+            if status < 500 and self.handed_off and self.mode == "streamed":
+                self.outcome = REFUSED
+            self._begun = True
             return PassOn()
         return self.on_decode_failure("status_5xx", now)
 
@@ -168,7 +229,7 @@ class Handoff:
 
     def _send_decode(self, member: Member) -> Send:
         self._tried.append(member.name)
-        self.decode = member
+        self.decode, self._begun = member, False
         params = self._params
         body = self._request.local_body() if params is None else self._request.decode_body(params)
         return Send("decode", member, body)

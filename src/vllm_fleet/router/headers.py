@@ -11,6 +11,9 @@ REQUEST_ID = "x-request-id"
 PREFILL = "x-fleet-prefill"
 DECODE = "x-fleet-decode"
 HANDOFF = "x-fleet-handoff"
+HANDOFF_MODE = "x-fleet-handoff-mode"
+TIMELINE = "x-fleet-timeline"
+SERVER_TIMING = "server-timing"
 
 Pairs = list[tuple[str, str]]
 
@@ -30,7 +33,7 @@ _HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-_OURS = frozenset({"content-length", "date", "server", REQUEST_ID, PREFILL, DECODE, HANDOFF})
+_OURS = frozenset({"content-length", "date", "server", REQUEST_ID, PREFILL, DECODE, HANDOFF, HANDOFF_MODE})
 
 _valid_id = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._:-]{{0,{limits.REQUEST_ID_LEN_MAX - 1}}}").fullmatch
 

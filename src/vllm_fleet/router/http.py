@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import socket
 import traceback
@@ -17,17 +18,20 @@ from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.env import Env
 from vllm_fleet.core.errors import BadRequest
 from vllm_fleet.router import headers, problem
-from vllm_fleet.router.exchange import Call, Exchange
+from vllm_fleet.router.call import Call
+from vllm_fleet.router.exchange import Exchange
 from vllm_fleet.router.fleet_view import FleetView, fleet_health
 from vllm_fleet.router.metrics import Metrics
 from vllm_fleet.router.models import Models
 from vllm_fleet.router.openai import Route, parse_request
 from vllm_fleet.router.problem import Problem
 from vllm_fleet.router.reply import ClientGone
+from vllm_fleet.router.timeline import Timelines
 
 _CLIENT_GONE = 499  # in metrics only
 _KEEPALIVE_S = 75.0
 _BACKLOG = 1024
+_TIMELINES = "/fleet/v1/requests/"
 
 _Handler = Callable[[web.Request, str, float], Awaitable[web.StreamResponse]]
 
@@ -76,8 +80,17 @@ class Server:
     """Everything a client of the router can reach."""
 
     def __init__(
-        self, view: FleetView, exchange: Exchange, models: Models, metrics: Metrics, env: Env, request_timeout_s: float
+        self,
+        view: FleetView,
+        exchange: Exchange,
+        models: Models,
+        metrics: Metrics,
+        env: Env,
+        request_timeout_s: float,
+        secret: str,
     ) -> None:
+        """``secret`` is what an operator's ``Authorization: Bearer`` must say."""
+        self._authorization, self._timelines = f"Bearer {secret}".encode(), Timelines()
         self._view, self._exchange, self._models = view, exchange, models
         self._metrics, self._env, self._request_timeout_s = metrics, env, request_timeout_s
         self._runner: web.AppRunner | None = None
@@ -87,6 +100,7 @@ class Server:
             "/v1/models": ("GET", self._list_models),
             "/health": ("GET", self._health),
             "/metrics": ("GET", self._show_metrics),
+            _TIMELINES: ("GET", self._show_timeline),
         }
 
     async def start(self, listener: socket.socket) -> None:
@@ -122,6 +136,8 @@ class Server:
     async def _dispatch(self, request: web.Request) -> web.StreamResponse:
         began = self._env.now()
         path = request.rel_url.raw_path
+        if path.startswith(_TIMELINES):
+            path = _TIMELINES
         request_id = headers.request_id(request.headers.get(headers.REQUEST_ID), self._env.new_id())
         status = _CLIENT_GONE
         try:
@@ -170,7 +186,8 @@ class Server:
         if parsed.dropped:
             self._metrics.dropped.inc()
         sink = ClientSink(request, request_id)
-        await self._exchange.run(Call(parsed, request.headers, request_id, began, deadline), sink)
+        timeline = self._timelines.begin(request_id, parsed.route.value, began)
+        await self._exchange.run(Call(parsed, request.headers, request_id, began, deadline, timeline), sink)
         assert sink.response is not None, "a request ended without an answer"
         return sink.response
 
@@ -208,6 +225,16 @@ class Server:
     async def _show_metrics(self, request: web.Request, request_id: str, began: float) -> web.StreamResponse:
         content_type = "text/plain; version=0.0.4; charset=utf-8"
         return _bytes_response(200, self._metrics.text(), request_id, content_type)
+
+    async def _show_timeline(self, request: web.Request, request_id: str, began: float) -> web.StreamResponse:
+        given = request.headers.get("authorization", "").encode(errors="replace")
+        if not hmac.compare_digest(given, self._authorization):
+            raise _Refused(problem.not_authorized())
+        asked = request.rel_url.path.removeprefix(_TIMELINES)
+        found = self._timelines.get(asked)
+        if found is None:
+            raise _Refused(problem.unknown_request(asked))
+        return _bytes_response(200, msgspec.json.encode(found.facts()), request_id)
 
 
 def _problem_response(reason: Problem, request_id: str) -> web.Response:

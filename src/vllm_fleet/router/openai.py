@@ -36,7 +36,9 @@ _PREFILL_DROPS = frozenset(
 """What only matters to an answer that somebody reads. ``stop`` stays: an answer that ended by ``stop`` holds its KV
 like one that ended by ``length``, and a wrong value is refused before any work is done."""
 
-_HOLD = b'{"do_remote_decode":true,"do_remote_prefill":false}'
+HOLD = b'{"do_remote_decode":true,"do_remote_prefill":false}'
+"""The kv_transfer_params that ask a prefill instance to hold the KV and to say in its answer where it is."""
+
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
 _WHITESPACE = b" \t\r\n"
 
@@ -75,15 +77,15 @@ class GenerateRequest:
     dropped: tuple[str, ...]
     """Steering fields the client had sent."""
 
-    def prefill_body(self) -> bytes:
-        """What a prefill instance gets: the same prompt, one token, an unstreamed answer that says where the KV is."""
+    def prefill_body(self, kv_transfer_params: bytes = HOLD) -> bytes:
+        """What a prefill instance gets: the same prompt, one token, an unstreamed answer."""
         fields: dict[str, Any] = {name: raw for name, raw in self.fields.items() if name not in _PREFILL_DROPS}
         fields |= {"stream": False, "n": 1, "max_tokens": 1, "temperature": 0}  # nobody reads its token
         if self.route is Route.CHAT:
             fields["max_completion_tokens"] = 1
         if "best_of" in fields:
             fields["best_of"] = 1
-        fields["kv_transfer_params"] = Raw(_HOLD)
+        fields["kv_transfer_params"] = Raw(kv_transfer_params)
         return _encode(fields)
 
     def decode_body(self, kv_transfer_params: bytes) -> bytes:

@@ -78,6 +78,18 @@ def unknown_path(path: str) -> Problem:
     return Problem(404, "unknown_path", f"There is nothing at {path[:200]}.")
 
 
+def unknown_request(id_: str) -> Problem:
+    """No timeline of this id."""
+    message = f"No request {id_[:200]} among the last {limits.TIMELINES_MAX}."
+    return Problem(404, "unknown_request", message)
+
+
+def not_authorized() -> Problem:
+    """For operators only."""
+    message = "This needs the header Authorization: Bearer with the fleet's API secret (derived from its token)."
+    return Problem(401, "not_authorized", message, headers={"WWW-Authenticate": "Bearer"})
+
+
 def wrong_method(method: str, path: str, allowed: str) -> Problem:
     """Something is served there, but not so."""
     message = f"{path[:200]} takes {allowed}, not {method[:16]}."

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from vllm_fleet.core.env import Env
 from vllm_fleet.router import headers, problem
+from vllm_fleet.router.call import Call
 from vllm_fleet.router.handoff import Handoff
 from vllm_fleet.router.metrics import Metrics
 from vllm_fleet.router.problem import Problem
@@ -38,9 +39,8 @@ class Sink(Protocol):
 class Reply:
     """One answer, started at most once, always with the headers that say who took part."""
 
-    def __init__(self, sink: Sink, handoff: Handoff, metrics: Metrics, env: Env, route: str, began: float) -> None:
-        self._sink, self._handoff, self._metrics, self._env = sink, handoff, metrics, env
-        self._route, self._began = route, began
+    def __init__(self, sink: Sink, handoff: Handoff, metrics: Metrics, env: Env, call: Call) -> None:
+        self._sink, self._handoff, self._metrics, self._env, self._call = sink, handoff, metrics, env, call
         self._stream = False
         self.status: int | None = None
         """What the client was told; None: nothing yet."""
@@ -92,13 +92,23 @@ class Reply:
     async def _start(self, status: int, pairs: headers.Pairs, length: int | None) -> None:
         self.status = status
         self._stream = headers.content_type(pairs) == "text/event-stream"
+        now = self._env.now()
+        self._call.timeline.mark("first_byte", now)
+        self._metrics.first_byte.labels(self._call.request.route.value).observe(now - self._call.began)
+        await self._sink.start(status, [*pairs, *self._ours()], length)
+
+    def _ours(self) -> headers.Pairs:
+        """Who took part and, for a client that asked, how long it took."""
         ours = [(headers.HANDOFF, self._handoff.outcome)]
+        if self._handoff.handed_off:
+            ours.append((headers.HANDOFF_MODE, self._handoff.mode))
         if self._handoff.prefill is not None:
             ours.append((headers.PREFILL, self._handoff.prefill.name))
         if self._handoff.decode is not None:
             ours.append((headers.DECODE, self._handoff.decode.name))
-        await self._sink.start(status, [*pairs, *ours], length)
-        self._metrics.first_byte.labels(self._route).observe(self._env.now() - self._began)
+        if self._call.headers.get(headers.TIMELINE) == "1" and (known := self._call.timeline.server_timing()):
+            ours.append((headers.SERVER_TIMING, known))
+        return ours
 
     async def _write(self, data: bytes) -> None:
         self._metrics.answer_bytes.inc(len(data))

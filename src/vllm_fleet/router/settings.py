@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -23,6 +23,8 @@ class RouterSettings(Struct, frozen=True, forbid_unknown_fields=True):
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     """0 picks a free one; the event ``router.start`` tells which."""
     request_timeout_s: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
+    handoff: Literal["streamed", "sequential"] = "streamed"
+    """``streamed``: prefill and decode are asked together, where the prefill instance can be told of it beforehand."""
 
 
 _decode = msgspec.json.Decoder(RouterSettings).decode

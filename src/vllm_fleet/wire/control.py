@@ -21,6 +21,7 @@ from msgspec import Meta, Struct
 
 from vllm_fleet.core import limits
 from vllm_fleet.wire.names import Count, Id, Name, Role, Url
+from vllm_fleet.wire.ticket import WorkerAddress
 
 State = Literal["starting", "ready", "suspect", "draining", "gone"]
 """``starting``: does not answer yet. ``suspect``: heartbeats stopped. ``gone``: left, or its lease ended."""
@@ -31,7 +32,17 @@ ReportedState = Literal["starting", "ready", "draining"]
 Fingerprint = dict[
     Annotated[str, Meta(max_length=limits.NAME_LEN_MAX)], Annotated[str, Meta(max_length=limits.ID_LEN_MAX)]
 ]
-"""What must be equal for two instances to exchange KV: model, dtype, block size, versions, … as strings."""
+"""What decides whether two instances can exchange KV: model, dtype, block size, versions, … as strings."""
+
+MAY_DIFFER = frozenset({"tensor_parallel"})
+"""Keys of a fingerprint, and of a worker's layout, that need not be equal."""
+
+UPSTREAM_CONNECTOR = "connector"
+"""Key of a fingerprint that names vLLM's own connector, where an instance runs without ours: it keeps none of our
+counters."""
+
+Workers = Annotated[tuple[WorkerAddress, ...], Meta(max_length=64)]
+"""Where an instance's workers take fabric connections, in rank order; empty: it cannot be told beforehand."""
 
 
 class Register(Struct, frozen=True):
@@ -44,6 +55,7 @@ class Register(Struct, frozen=True):
     incarnation: Id
     state: ReportedState = "starting"
     fingerprint: Fingerprint = {}
+    workers: Workers = ()
 
 
 class Registered(Struct, frozen=True):
@@ -79,6 +91,7 @@ class Member(Struct, frozen=True):
     generation: Count
     state: State
     fingerprint: Fingerprint = {}
+    workers: Workers = ()
 
 
 class Snapshot(Struct, frozen=True, tag="snapshot"):

@@ -3,7 +3,8 @@
 | question | answer |
 | --- | --- |
 | Describe | Description |
-| Open(transfer) | Opened with the block ids held for it, or Denied |
+| Follow(follower) | Following; from then on the owner sends Progress by itself over this connection |
+| Open(transfer, prompt, follower) | Opened with the block ids held for it so far, or Denied |
 | Close(transfer) | Closed(valid): whether the blocks were held all the time since Open |
 | Read(grant, runs) | Reading(nbytes), exactly that many raw bytes, then Moved; or Denied |
 | Write(grant, runs) | Writing(nbytes); the asker sends exactly that many raw bytes; then Moved. Or Denied |
@@ -17,6 +18,7 @@
 | NixlPush(grant, runs, targets) | Moved, when the owner has written the runs into the asker's pool; or Denied |
 | Map(pool) | Mapped: the asker maps that registration until one side closes the connection; or Denied |
 | Permit(grant, runs) | Permitted: the asker may write the runs of a registration that it maps; or Denied |
+| Trace(prefixes) | Traced: what became of a request's handoffs on this worker |
 | Probe(pool) | Probed, if that registration stands; or Denied |
 | Ping | Pong |
 
@@ -31,7 +33,19 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vllm_fleet.core import limits
+from vllm_fleet.wire import handoff
 from vllm_fleet.wire.names import Count, Id
+
+Close = handoff.Close
+Closed = handoff.Closed
+Follow = handoff.Follow
+Following = handoff.Following
+Open = handoff.Open
+Opened = handoff.Opened
+Progress = handoff.Progress
+Trace = handoff.Trace
+Traced = handoff.Traced
+Update = handoff.Update
 
 RUN_BYTES = 24
 """Encoded size of one run of a Read."""
@@ -39,7 +53,6 @@ RUN_BYTES = 24
 DIGEST_BYTES = 8
 """Encoded size of one run's checksum."""
 
-BlockId = Annotated[int, Meta(ge=0, le=2**40)]
 Fact = Annotated[str, Meta(max_length=limits.ID_LEN_MAX)]
 
 
@@ -58,32 +71,24 @@ class Describe(Struct, frozen=True, tag="describe"):
     pass
 
 
+class Shape(Struct, frozen=True):
+    """How a region is cut into blocks."""
+
+    block_bytes: Count
+    block_stride: Count
+    blocks: Count
+
+
 class Description(Struct, frozen=True, tag="description"):
     engine: Id
     rank: Count
     ranks: Count
     layout: dict[Annotated[str, Meta(max_length=limits.NAME_LEN_MAX)], Fact]
     """What must be equal on both sides for blocks to mean the same: dtype, block size, heads, …"""
+    shapes: Annotated[tuple[Shape, ...], Meta(max_length=limits.REGIONS_MAX)]
+    """One per region."""
     handles: Annotated[tuple[PoolHandle, ...], Meta(max_length=16)]
     """In the owner's order of preference."""
-
-
-class Open(Struct, frozen=True, tag="open"):
-    transfer: Id
-
-
-class Opened(Struct, frozen=True, tag="opened"):
-    blocks: Annotated[tuple[BlockId, ...], Meta(max_length=limits.BLOCKS_MAX)]
-
-
-class Close(Struct, frozen=True, tag="close"):
-    transfer: Id
-    taken: bool
-    """False when the reader gave up; for the owner's counters."""
-
-
-class Closed(Struct, frozen=True, tag="closed"):
-    valid: bool
 
 
 class Read(Struct, frozen=True, tag="read"):
@@ -237,10 +242,15 @@ class Pong(Struct, frozen=True, tag="pong"):
     pass
 
 
+Refusal = Literal[
+    "unknown_transfer", "other_prompt", "already_open", "not_granted", "out_of_range", "stale_pool", "unsupported"
+]
+
+
 class Denied(Struct, frozen=True, tag="denied"):
     """The owner will not do it; the connection stays usable."""
 
-    reason: Literal["unknown_transfer", "already_open", "not_granted", "out_of_range", "stale_pool", "unsupported"]
+    reason: Refusal
     detail: Annotated[str, Meta(max_length=limits.ID_LEN_MAX)] = ""
 
 
@@ -250,6 +260,8 @@ Question = (
     | NixlJoin
     | NixlPush
     | Describe
+    | Follow
+    | Trace
     | Open
     | Close
     | Read
@@ -266,6 +278,9 @@ Question = (
 )
 Answer = (
     Description
+    | Following
+    | Progress
+    | Traced
     | Opened
     | Closed
     | Reading

@@ -1,7 +1,10 @@
-"""The handoff ticket: what a prefill instance tells decode about a finished prefill, signed with the fleet's token.
+"""Handoff tickets: which transfer a request belongs to and who computes its prompt, signed with the fleet's token.
 
-It travels through the router (or any proxy that speaks NixlConnector's protocol) inside ``kv_transfer_params``. Clients
-could write anything there, so decode uses only what the signature covers and ignores the rest.
+A prefill instance mints a Ticket when it has finished (sequential handoff); the router, or any proxy that speaks
+NixlConnector's protocol, carries it to decode inside ``kv_transfer_params``. For a streamed handoff the router mints a
+StreamTicket and gives it to both instances together. Clients could write anything into ``kv_transfer_params``, so only
+what a signature covers is used. Both are good for one use: a transfer ends when decode has closed it, when its lease is
+over or when the prefill engine has gone, and is unknown from then on.
 """
 
 from __future__ import annotations
@@ -33,7 +36,17 @@ class WorkerAddress(Struct, frozen=True):
     port: Port
 
 
-class Ticket(Struct, frozen=True):
+class StreamTicket(Struct, frozen=True, tag="stream"):
+    """One prefill that decode takes over while it is computed."""
+
+    transfer: Id
+    engine: Id
+    """The prefill engine's id (the incarnation it registered with); another after each restart."""
+    workers: Annotated[tuple[WorkerAddress, ...], Meta(min_length=1, max_length=1024)]
+    """One per tensor-parallel rank of the prefill instance, in rank order."""
+
+
+class Ticket(Struct, frozen=True, tag="finished"):
     """One finished prefill that decode may take over, once."""
 
     transfer: Id
@@ -48,7 +61,7 @@ class Ticket(Struct, frozen=True):
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Ticket).decode
+_decode = msgspec.msgpack.Decoder(Ticket | StreamTicket).decode
 
 
 def prompt_digest(token_ids: Sequence[int], salt: str | None, adapter: str | None) -> bytes:
@@ -57,13 +70,13 @@ def prompt_digest(token_ids: Sequence[int], salt: str | None, adapter: str | Non
     return hashlib.sha256(head + b"".join(t.to_bytes(8, "big", signed=True) for t in token_ids)).digest()
 
 
-def seal(ticket: Ticket, token: bytes) -> str:
+def seal(ticket: Ticket | StreamTicket, token: bytes) -> str:
     """The ticket as printable text with its signature."""
     body = _encode(ticket)
     return base64.urlsafe_b64encode(_mac(token, body) + body).decode()
 
 
-def unseal(sealed: object, token: bytes) -> Ticket:
+def unseal(sealed: object, token: bytes) -> Ticket | StreamTicket:
     """The ticket behind ``sealed``.
 
     Raises:
@@ -80,7 +93,8 @@ def unseal(sealed: object, token: bytes) -> Ticket:
     if not hmac.compare_digest(mac, _mac(token, body)):
         raise AuthError("the ticket was not signed by this fleet")
     try:
-        return _decode(body)
+        ticket: Ticket | StreamTicket = _decode(body)
+        return ticket
     except DECODE_ERRORS as error:
         raise BadRequest(f"the ticket was signed by this fleet but is not one this version reads: {error}") from None
 
@@ -102,6 +116,13 @@ def transfer_params(
         "tp_size": len(ticket.workers),
         FIELD: seal(ticket, token),
     }
+
+
+def stream_params(ticket: StreamTicket, token: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The kv_transfer_params of a streamed handoff: what prefill gets, and what decode gets."""
+    sealed = seal(ticket, token)
+    prefill = {"do_remote_decode": True, "do_remote_prefill": False, FIELD: sealed}
+    return prefill, {"do_remote_decode": False, "do_remote_prefill": True, FIELD: sealed}
 
 
 def asks_to_hold(params: Mapping[str, Any] | None) -> bool:

@@ -2,7 +2,8 @@
 
 The asking side names runs of a registered pool on an authenticated connection (as with tcp); the owner checks that they
 are inside its regions and granted. The bytes then go gather -> staging -> ncclSend | ncclRecv -> staging -> scatter, in
-pieces, both sides overlapping copies and wire (cuda/pipe.py). Two-sided: the owner's process must run.
+pieces, both sides overlapping copies and wire (cuda/pipe.py). Two-sided: the owner's process must run. The thread that
+waits for a read carries it out (cuda/nccl_link.py).
 
 A cancel, a failure or a dead peer aborts the communicators, on both sides, so that no kernel is left that waits or
 writes; the next transfer forms others with new unique ids (0.5 s). The unique ids pass through a Rendezvous.
@@ -21,8 +22,9 @@ from vllm_fleet.core.errors import ConfigError, FleetError, LinkError
 from vllm_fleet.fabric.contract import Capabilities, KVPool
 from vllm_fleet.fabric.endpoint import Endpoint
 from vllm_fleet.fabric.owner import OwnedPool
-from vllm_fleet.fabric.transports.cuda import communicator, driver
-from vllm_fleet.fabric.work import WorkLink
+from vllm_fleet.fabric.transports.cuda import driver, joining
+from vllm_fleet.fabric.transports.cuda.nccl_link import NcclLink
+from vllm_fleet.fabric.transports.cuda.nccl_tuning import Tuning
 from vllm_fleet.wire.fabric import PoolHandle
 from vllm_fleet.wire.names import DECODE_ERRORS
 
@@ -30,19 +32,22 @@ if TYPE_CHECKING:
     from vllm_fleet.fabric.transports.cuda.nccl_owner import NcclOwner
 
 
+SETTLE_S = 3.0
+"""close() waits so long for NCCL to let go of its sockets: a join that was given up goes on until the peer has come."""
+
+
 class NcclTransport:
-    """See the module's docstring. ``tuning`` (cuda/communicator.py) sets staging and NCCL's share of the GPU."""
+    """See the module's docstring. ``tuning`` (cuda/nccl_tuning.py) sets staging and NCCL's share of the GPU."""
 
     name = "nccl"
-    capabilities = Capabilities(cpu=False, cuda=True, one_sided=False, same_host=False, sms=64)
-    # sms of the default Tuning: PROGRAMS of cuda/pipe.py, which gather or scatter, and ctas_max in each lane.
+    capabilities = Capabilities(cpu=False, cuda=True, one_sided=False, same_host=False, sms=Tuning().multiprocessors)
 
-    def __init__(self, endpoint: Endpoint, tuning: communicator.Tuning | None = None) -> None:
+    def __init__(self, endpoint: Endpoint, tuning: Tuning | None = None) -> None:
         self._endpoint = endpoint
         self._owned = OwnedPool(endpoint)
-        self._links: list[WorkLink] = []
+        self._links: list[NcclLink] = []
         self._lock = threading.Lock()
-        self._tuning = tuning or communicator.Tuning()
+        self._tuning = tuning or Tuning()
         self._owner: NcclOwner | None = None
         """None where torch or nccl4py is missing: register() says so."""
         self._missing = _find_libraries()
@@ -69,7 +74,7 @@ class NcclTransport:
         if self._owner is not None:
             self._owner.stop()
 
-    def connect(self, peer: PoolHandle, deadline: Deadline) -> WorkLink:
+    def connect(self, peer: PoolHandle, deadline: Deadline) -> NcclLink:
         pool = self._owned.pool
         if pool is None or pool.cuda is None:
             raise LinkError("register a pool before connecting")
@@ -85,13 +90,15 @@ class NcclTransport:
             copier.open(lambda: None, deadline, deadline)
         except FleetError as error:
             raise LinkError(f"no nccl link to {details.host}:{details.port}: {error}") from error
-        link = WorkLink(self.name, f"{details.host}:{details.port}", copier)
+        link = NcclLink(self.name, f"{details.host}:{details.port}", copier)
         with self._lock:
+            self._links = [other for other in self._links if not other.is_closed()]
             self._links.append(link)
         return link
 
     def close(self) -> None:
         self.withdraw()
+        joining.settle(Deadline.after(SETTLE_S, "fabric.transports.nccl.SETTLE_S"))
 
     def _serve(self) -> None:
         self._owner = _modules().nccl_owner.NcclOwner(self._endpoint, self._owned, self._tuning)
@@ -100,7 +107,7 @@ class NcclTransport:
 def _find_libraries() -> str | None:
     """Why nccl cannot be used here; None when it can."""
     try:
-        communicator.library()
+        joining.library()
         _modules()
     except (LinkError, ConfigError) as error:
         return str(error)

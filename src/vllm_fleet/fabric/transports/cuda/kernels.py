@@ -3,7 +3,8 @@
     copy_runs(sources, targets, nbytes, device=0, stream=stream)      # enqueues; addresses may be IPC mappings
     digest_runs(addresses, nbytes, device=0, stream=stream)           # waits; uint64 of shape [runs], as fabric.digest
 
-Run tables lie in pinned host memory and the kernel reads them from there: no upload, one launch. Under
+Run tables lie in pinned host memory and the kernel reads them from there: no upload, one launch (a ReadQueue's table is
+the caller's, in any memory). Under
 TRITON_INTERPRET=1 both work on CPU addresses, which is how they are tested without a GPU.
 """
 
@@ -37,6 +38,8 @@ LEAD_RUNS = 2048
 LEAD_RUNS_MIN = 16384  # in a call of more runs, LEAD_RUNS of them are started first
 QUEUES_MAX = 64  # streams with tables of their own; the one used longest ago gives its own up
 ROW_WORDS = 4
+ADDRESS = 1 << 40  # as an example of an argument: one of 64 bits
+COUNTER_BYTES = 64
 _CONSTANTS = (digest.POSITION, digest.FIRST, digest.SECOND, digest.SHIFT, DIGEST_TILE)
 
 
@@ -126,7 +129,7 @@ class CopyQueue:
         arguments = (table.address, count)
         if self._kernel is None:
             constants = (TILE_BYTES, OCTETS)
-            self._kernel = Kernel(triton_kernels.copy_kernel, self._device, arguments, constants, self._warps)
+            self._kernel = Kernel(triton_kernels.copy_kernel, self._device, (ADDRESS, 1), constants, self._warps)
         with nullcontext() if INTERPRETED else driver.current(self._device):
             self._kernel(min(count, self._programs), self._stream, arguments)
             table.used(self._stream)
@@ -138,12 +141,44 @@ class CopyQueue:
             table.close()
 
 
+def part_bytes(total: int, programs: int = PROGRAMS) -> int:
+    """The longest run that a copy of ``total`` bytes should have: an even share of the work, in whole tiles."""
+    return max(TILE_BYTES, min(PART_BYTES_MAX, total // (programs * 8)) // TILE_BYTES * TILE_BYTES)
+
+
+class ReadQueue:
+    """Reads on one stream, in order, whose end is seen in host memory (programs.read_kernel). For one thread at a time.
+
+    ``nonce``: the address of four words that are read when all else has been.
+    """
+
+    def __init__(self, device: int, stream: int, nonce: int) -> None:
+        self._device, self._stream, self._nonce = device, stream, nonce
+        example = (ADDRESS, 1, ADDRESS, ADDRESS, ADDRESS)
+        self.kernel = Kernel(triton_kernels.read_kernel, device, example, (TILE_BYTES, OCTETS), WARPS)
+        self._arrived = driver.allocate(device, COUNTER_BYTES)
+        with driver.current(device):
+            driver.clear(self._arrived, COUNTER_BYTES, stream)
+
+    def start(self, table: int, count: int, seen: int) -> None:
+        """Start copying the ``count`` runs of a table at an address; then, unless ``seen`` is 0, the nonce to ``seen``.
+
+        The device's context is current. The table is used until the nonce has arrived, or the stream got so far.
+        """
+        self.kernel(min(count, PROGRAMS), self._stream, (table, count, self._arrived, self._nonce, seen))
+
+    def close(self) -> None:
+        """Give the counter back; the stream has ended all."""
+        driver.free(self._device, self._arrived)
+
+
 def _split(sources: Ints, targets: Ints, nbytes: Ints, programs: int) -> tuple[Ints, Ints, Ints]:
-    """The same copies with no run longer than an even share of the work, whole tiles each."""
-    if not len(nbytes) or int(nbytes.max()) <= TILE_BYTES:
+    """The same copies with no run longer than it should be."""
+    if not len(nbytes):
         return sources, targets, nbytes
-    share = int(nbytes.sum()) // (programs * 8)
-    part = max(TILE_BYTES, min(PART_BYTES_MAX, share) // TILE_BYTES * TILE_BYTES)
+    longest = int(nbytes.max())
+    if longest <= TILE_BYTES or longest <= (part := part_bytes(int(nbytes.sum()), programs)):
+        return sources, targets, nbytes
     index, skipped, lengths = _parts(nbytes, part)
     return sources[index] + skipped, targets[index] + skipped, lengths
 

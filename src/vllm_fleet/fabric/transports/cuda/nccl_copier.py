@@ -15,13 +15,17 @@ from msgspec import Meta, Struct
 
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import Corrupt, LinkError
-from vllm_fleet.fabric.contract import KVPool, TransferCancelledError, TransferError
+from vllm_fleet.fabric.contract import KVPool, TransferError
 from vllm_fleet.fabric.endpoint import probe, receive_answer
 from vllm_fleet.fabric.owner import encode_runs
 from vllm_fleet.fabric.plan import BlockCopyPlan, Ints
 from vllm_fleet.fabric.rendezvous import ChannelRendezvous
-from vllm_fleet.fabric.transports.cuda.communicator import Communicator, Tuning, Watch, poll
-from vllm_fleet.fabric.transports.cuda.pieces import Pieces, cut, parts, ramped
+from vllm_fleet.fabric.transports.cuda.communicator import Communicator
+from vllm_fleet.fabric.transports.cuda.joining import Watch, poll
+from vllm_fleet.fabric.transports.cuda.nccl_link import Stop
+from vllm_fleet.fabric.transports.cuda.nccl_pieces import message_sizes
+from vllm_fleet.fabric.transports.cuda.nccl_tuning import Tuning
+from vllm_fleet.fabric.transports.cuda.pieces import Pieces, cut, parts
 from vllm_fleet.fabric.transports.cuda.pipe import IDLE_S, IDLE_SETTING, ROW_BYTES_MAX, Pipe
 from vllm_fleet.fabric.work import check_bounds
 from vllm_fleet.net.channel import Channel, Credentials, connect
@@ -36,9 +40,10 @@ REJOIN_S = 10.0
 """... and its communicators (0.5 s on one host) within this; a cancel ends it at once."""
 
 PART_RUNS_MAX = 8192
-PART_BYTES_MAX = (64 << 20, 256 << 20)
+PART_BYTES_MAX = [256 << 20]
 PART_PIECES_MAX = 32
-"""Runs, bytes and whole pieces of each question of a transfer; the first one is shorter, so that the bytes flow soon.
+"""Runs, bytes and whole pieces of each question of a transfer: the wire has work enough in one for the time that the
+next one takes the owner (some 0.3 ms), and a shorter first one would gain less than that costs.
 
 Each has fewer pieces than pipe.AHEAD_MAX and fits the pipe's tables: so the owner never waits for pieces of the
 question it works on, and reads the next one, whatever this side has yet to enqueue.
@@ -48,6 +53,10 @@ RUN_BYTES_MAX = 1 << 20  # longer runs are named in parts, since questions are c
 SEND_BUFFER_BYTES = 256 << 10  # SO_SNDBUF; the kernel doubles it for its own book-keeping
 
 PROBE_BYTES = 32
+
+
+Within = Callable[[float, str], Deadline]
+"""So many seconds from now, or the transfer's own deadline if that is earlier; (seconds, setting)."""
 
 
 class NcclDetails(Struct, frozen=True):
@@ -137,45 +146,45 @@ class NcclCopier:
     def _copy(self, plan: BlockCopyPlan, cancelled: threading.Event, *, write: bool) -> None:
         if not len(plan):
             return
-
-        def watch() -> None:
-            if cancelled.is_set():
-                raise TransferCancelledError("the transfer was cancelled")
-
-        with self._connection(watch) as (channel, pipe), torch.cuda.device(self._device):
-            transfer = _Questions(self._memory, plan, channel, write=write)
+        assert isinstance(cancelled, Stop)
+        watch, within = cancelled.watch, cancelled.within
+        with self._connection(watch, within) as (channel, pipe), torch.cuda.device(self._device):
+            transfer = _Questions(self._memory, plan, channel, within, write=write)
             answers, parts = transfer.answers, len(transfer.parts)
+
+            def idle() -> Deadline:
+                return within(IDLE_S, IDLE_SETTING)
 
             def both() -> None:
                 watch()
                 answers.take_arrived()
 
             move = pipe.send if write else pipe.receive
-            channel.send(transfer.question(0), _idle())
+            channel.send(transfer.question(0), idle())
             pieces = transfer.pieces(0)
             for index in range(parts):
                 following = transfer.prepare(index + 1)  # the first while the owner checks
                 if index == 0:
-                    poll(lambda: answers.taken > 0, both, _idle(), channel.peer, "answering")
+                    poll(lambda: answers.taken > 0, both, idle(), channel.peer, "answering")
                 if following is not None:
-                    channel.send(following[0], _idle())
+                    channel.send(following[0], idle())
                 move(pieces, both)
                 if following is not None:
                     pieces = following[1]
             pipe.drain(both)
-            poll(lambda: answers.taken > parts, both, _idle(), channel.peer, "confirming the transfer")
+            poll(lambda: answers.taken > parts, both, idle(), channel.peer, "confirming the transfer")
             watch()
 
     @contextlib.contextmanager
-    def _connection(self, watch: Watch) -> Iterator[_Open]:
+    def _connection(self, watch: Watch, within: Within) -> Iterator[_Open]:
         """Connection and communicator, made anew if lost; given up when a transfer ends early."""
         held = self._open
         if held is not None and not held.channel.is_open():  # the owner has ended it, or an interrupt came too late
             self._end(*held)
             held = None
         if held is None:
-            again = Deadline.after(REJOIN_S, "fabric.transports.cuda.nccl_copier.REJOIN_S")
-            reached = Deadline.after(RECONNECT_S, "fabric.transports.cuda.nccl_copier.RECONNECT_S")
+            again = within(REJOIN_S, "fabric.transports.cuda.nccl_copier.REJOIN_S")
+            reached = within(RECONNECT_S, "fabric.transports.cuda.nccl_copier.RECONNECT_S")
             held = self.open(watch, again, reached)
         try:
             yield held
@@ -196,7 +205,8 @@ class NcclCopier:
     def _probe(channel: Channel, pipe: Pipe, watch: Watch, deadline: Deadline) -> None:
         pattern = secrets.token_bytes(PROBE_BYTES)
         channel.send(wire.encode(wire.NcclPing(pattern)), deadline)
-        answers = _Answers(channel, wire.Reading(PROBE_BYTES), wire.Moved(PROBE_BYTES))
+        expected = wire.Reading(PROBE_BYTES), wire.Moved(PROBE_BYTES)
+        answers = _Answers(channel, lambda seconds, setting: deadline, *expected)
 
         def both() -> None:
             watch()
@@ -211,13 +221,13 @@ class NcclCopier:
 class _Questions:
     """One transfer: what to ask the owner, and where the bytes are on this side."""
 
-    def __init__(self, memory: _Memory, plan: BlockCopyPlan, channel: Channel, *, write: bool) -> None:
+    def __init__(self, memory: _Memory, plan: BlockCopyPlan, channel: Channel, within: Within, *, write: bool) -> None:
         if int(plan.nbytes.max()) > RUN_BYTES_MAX:
             plan = plan.split(RUN_BYTES_MAX)
         self._memory, self._plan, self._write = memory, plan, write
         most = [min(bound, PART_PIECES_MAX * memory.chunk_bytes) for bound in PART_BYTES_MAX]
         self.parts = list(parts(plan.nbytes, PART_RUNS_MAX, most))
-        self.answers = _Answers(channel)
+        self.answers = _Answers(channel, within)
         self._total = 0
 
     def question(self, index: int) -> bytes:
@@ -247,21 +257,21 @@ class _Questions:
         plan, part = self._plan, self.parts[index]
         own, nbytes = (plan.source if self._write else plan.target)[part], plan.nbytes[part]
         last = index + 1 == len(self.parts)
-        sizes = ramped(int(nbytes.sum()), self._memory.chunk_bytes, first=index == 0, last=last)
+        sizes = message_sizes(int(nbytes.sum()), self._memory.chunk_bytes, first=index == 0, last=last)
         return cut(self._memory.addresses[plan.region[part]] + own, nbytes, sizes, ROW_BYTES_MAX)
 
 
 class _Answers:
     """What the owner says to one transfer, in the order of ``wanted``."""
 
-    def __init__(self, channel: Channel, *wanted: wire.Answer) -> None:
-        self._channel, self.wanted = channel, list(wanted)
+    def __init__(self, channel: Channel, within: Within, *wanted: wire.Answer) -> None:
+        self._channel, self._within, self.wanted = channel, within, list(wanted)
         self.taken = 0
 
     def take_arrived(self) -> None:
         """Take what has arrived; does not wait. Raises _RefusedError, TransferError, Corrupt or PeerGone."""
         while self._channel.has_arrived():
-            answer = receive_answer(self._channel, _idle())
+            answer = receive_answer(self._channel, self._within(IDLE_S, IDLE_SETTING))
             if isinstance(answer, wire.Denied):
                 kind = TransferError if self.taken else _RefusedError
                 raise kind(f"{self._channel.peer} refused the transfer: {answer.reason} {answer.detail}".rstrip())
@@ -272,10 +282,6 @@ class _Answers:
 
 class _RefusedError(TransferError):
     """The owner refused a transfer of which nothing had been enqueued."""
-
-
-def _idle() -> Deadline:
-    return Deadline.after(IDLE_S, IDLE_SETTING)
 
 
 def _both(watch: Watch, channel: Channel) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,8 +20,10 @@ from vllm_fleet.fabric.contract import TransferError
 from vllm_fleet.fabric.endpoint import ANSWER_S, ANSWER_SETTING, Endpoint
 from vllm_fleet.fabric.owner import OwnedPool
 from vllm_fleet.fabric.rendezvous import Meeting
-from vllm_fleet.fabric.transports.cuda.communicator import Communicator, Tuning, calls_apart
-from vllm_fleet.fabric.transports.cuda.pieces import cut, ramped
+from vllm_fleet.fabric.transports.cuda.communicator import Communicator
+from vllm_fleet.fabric.transports.cuda.joining import calls_apart, come_and_leave
+from vllm_fleet.fabric.transports.cuda.nccl_pieces import lead_and_rest, message_sizes
+from vllm_fleet.fabric.transports.cuda.nccl_tuning import Tuning
 from vllm_fleet.fabric.transports.cuda.pipe import IDLE_S, IDLE_SETTING, ROW_BYTES_MAX, Pipe
 from vllm_fleet.net.channel import Channel
 from vllm_fleet.wire import fabric as wire
@@ -33,6 +35,8 @@ JOIN_SETTING = "fabric.transports.cuda.nccl_owner.JOIN_S"
 
 PIECES_MAX = 64
 """One question may ask for so many whole pieces: the asker needs 40, and rows are made before any byte moves."""
+
+NO_COMMUNICATOR = wire.Denied("unsupported", "join a communicator first")
 
 STOP_S = 40.0
 """Withdrawing memory waits so long for the sessions that use it: longer than ending a transfer takes (pipe.DRAIN_S)."""
@@ -70,7 +74,7 @@ class _Session:
         self.channel.has_arrived()
 
     def end(self) -> None:
-        """Abort the communicator; for the session's thread."""
+        """Abort the communicator; for the thread that holds ``busy``."""
         pipe, self.pipe = self.pipe, None
         if pipe is not None:
             with torch.cuda.device(self.device):
@@ -97,7 +101,7 @@ class NcclOwner:
             return len(self._sessions)
 
     def stop(self) -> None:
-        """End every session; when this has returned none of them uses the pool.
+        """End every session; when this has returned none of them uses the pool or holds a communicator.
 
         Raises:
             TransferError: one did not end within STOP_S.
@@ -111,7 +115,10 @@ class NcclOwner:
         for session in sessions:
             if not session.busy.acquire(timeout=deadline.remaining()):
                 raise TransferError(f"the transfer with {session.channel.peer} did not end within {STOP_S:.0f} s")
-            session.busy.release()
+            try:
+                session.end()
+            finally:
+                session.busy.release()
 
     def _join(self, channel: Channel, question: wire.Question) -> wire.Answer | None:
         assert isinstance(question, wire.NcclJoin)
@@ -122,7 +129,11 @@ class NcclOwner:
         meeting = Meeting(rank=1, ranks=2, epoch=question.epoch, group_id=question.unique_id)
         try:
             tuning = self._tuned(question)
-            _answer(channel, wire.NcclJoined(question.epoch))
+            try:
+                _answer(channel, wire.NcclJoined(question.epoch))
+            except FleetError:  # it cannot know, and waits
+                come_and_leave(meeting, session.device, tuning)
+                raise
             with session.busy, torch.cuda.device(session.device):
                 deadline = Deadline.after(JOIN_S, JOIN_SETTING)
                 communicator = Communicator(_Invited(meeting), session.device, tuning, session.watch, deadline)
@@ -141,8 +152,10 @@ class NcclOwner:
         lanes, rest = divmod(len(question.unique_id), limits.NCCL_ID_BYTES)
         if rest:
             raise BadRequest(f"an id of {len(question.unique_id)} bytes")
-        buffers = min(self._tuning.buffers, limits.NCCL_STAGING_BYTES_MAX // question.chunk_bytes)
-        return Tuning(question.chunk_bytes, buffers, question.ctas, lanes)
+        buffers = min(self._tuning.buffers, self._tuning.staging_bytes_max // question.chunk_bytes)
+        return replace(
+            self._tuning, chunk_bytes=question.chunk_bytes, buffers=buffers, ctas_max=question.ctas, lanes=lanes
+        )
 
     def _admit(self, channel: Channel, question: wire.NcclJoin) -> _Session | wire.Denied:
         pool = self._owned.pool
@@ -176,10 +189,12 @@ class NcclOwner:
     def _ping(self, channel: Channel, question: wire.Question) -> wire.Answer | None:
         assert isinstance(question, wire.NcclPing)
         session = self._sessions.get(channel)
-        if session is None or session.pipe is None:
-            return wire.Denied("unsupported", "join a communicator first")
-        _answer(channel, wire.Reading(len(question.pattern)))
+        if session is None:
+            return NO_COMMUNICATOR
         with session.busy, torch.cuda.device(session.device):
+            if session.pipe is None:
+                return NO_COMMUNICATOR
+            _answer(channel, wire.Reading(len(question.pattern)))
             same = session.pipe.exchange(question.pattern, session.watch) == question.pattern
         if not same:
             return wire.Denied("unsupported", "something else than the pattern came through NCCL")
@@ -187,9 +202,11 @@ class NcclOwner:
 
     def _transfer(self, channel: Channel, question: wire.Question) -> wire.Answer | None:
         session = self._sessions.get(channel)
-        if session is None or session.pipe is None:
-            return wire.Denied("unsupported", "join a communicator first")
+        if session is None:
+            return NO_COMMUNICATOR
         with session.busy, torch.cuda.device(session.device):
+            if session.pipe is None:
+                return NO_COMMUNICATOR
             try:
                 answer, clean = self._converse(session, session.pipe, question)
             except BaseException:
@@ -213,9 +230,10 @@ class NcclOwner:
             if nbytes > PIECES_MAX * session.chunk_bytes:
                 return wire.Denied("unsupported", f"{nbytes} bytes in one question"), total == 0
             _answer(session.channel, wire.Writing(nbytes) if write else wire.Reading(nbytes))
-            sizes = ramped(nbytes, session.chunk_bytes, first=total == 0, last=not question.more)
-            pieces = cut(runs.addresses, runs.nbytes, sizes, ROW_BYTES_MAX)
-            (pipe.receive if write else pipe.send)(pieces, session.watch)
+            sizes = message_sizes(nbytes, session.chunk_bytes, first=total == 0, last=not question.more)
+            move = pipe.receive if write else pipe.send
+            for pieces in lead_and_rest(runs.addresses, runs.nbytes, sizes, ROW_BYTES_MAX):
+                move(pieces, session.watch)
             total += nbytes
             if not question.more:
                 break

@@ -2,8 +2,8 @@
 
 A stream that copies and one for each communicator, a ring of staging buffers, events between them: while piece k is on
 the wire, piece k+1 is gathered (or piece k-1 scattered). The host enqueues and waits for nothing but its own bound on
-how far it runs ahead. Everything a piece needs is made once: the host's work for one is a launch, a call of NCCL and a
-few events.
+how far it runs ahead, and for the end, which it looks for when it may be near. Everything a piece needs is made once:
+the host's work for one is a launch, a call of NCCL and a few events.
 
 Before a transfer starts, its two sides see to it that what is sent is complete and what is received into is unused.
 """
@@ -11,6 +11,7 @@ Before a transfer starts, its two sides see to it that what is sent is complete 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,11 @@ from vllm_fleet.core.errors import FleetError
 from vllm_fleet.fabric.contract import TransferError
 from vllm_fleet.fabric.plan import Ints
 from vllm_fleet.fabric.transports.cuda import driver
-from vllm_fleet.fabric.transports.cuda.communicator import Communicator, Tuning, Watch, mapped, poll
+from vllm_fleet.fabric.transports.cuda.communicator import Communicator
+from vllm_fleet.fabric.transports.cuda.joining import Watch, mapped, poll
 from vllm_fleet.fabric.transports.cuda.kernels import OCTETS, ROW_WORDS, TILE_BYTES, WARPS
 from vllm_fleet.fabric.transports.cuda.launch import Kernel, programs
+from vllm_fleet.fabric.transports.cuda.nccl_tuning import TABLE_ROWS, TABLES, TABLES_BYTES, Tuning
 from vllm_fleet.fabric.transports.cuda.pieces import Pieces
 
 IDLE_S = 10.0
@@ -36,14 +39,12 @@ DRAIN_S = 30.0
 
 AHEAD_MAX = 64  # pieces enqueued and not known complete: the CUDA launch queue holds 1024 launches
 
-PROGRAMS = 32
-"""Multiprocessors that gather or scatter."""
+BYTES_PER_S = 400e9  # NVLink of an H200: nothing is there sooner
 
 ROW_BYTES_MAX = TILE_BYTES  # longer runs are shared among multiprocessors
 
-TABLES, TABLE_ROWS = 4, 16384
-"""Rows that wait for the kernels that copy them: 2 MiB of pinned memory."""
 _FULL_ROW_BYTES = ROW_WORDS * 8
+assert TABLES_BYTES == TABLES * TABLE_ROWS * _FULL_ROW_BYTES
 
 
 class Pipe:
@@ -54,10 +55,15 @@ class Pipe:
 
     def __init__(self, communicator: Communicator, device: int, tuning: Tuning) -> None:
         self._communicator = communicator
-        self._chunk_bytes, self._buffers = tuning.chunk_bytes, tuning.buffers
+        self._device = device
+        self._chunk_bytes, self._buffers, self._programs = tuning.chunk_bytes, tuning.buffers, tuning.programs
+        self._uploads: list[int] = []
+        """Tuning.uploaded: the device's copy of each table."""
         with mapped("preparing the staging memory"):
             self._tables = [driver.Pinned(device, TABLE_ROWS * _FULL_ROW_BYTES) for _ in range(TABLES)]
             self._rows: list[Ints] = [table.words.reshape(-1, ROW_WORDS) for table in self._tables]
+            if tuning.uploaded:
+                self._uploads.extend(driver.allocate(device, TABLE_ROWS * _FULL_ROW_BYTES) for _ in range(TABLES))
             example = (self._tables[0].address, 1)
             self._kernel = Kernel(programs.copy_kernel, device, example, (TILE_BYTES, OCTETS), WARPS)
             self._streams = [driver.Stream(device) for _ in range(1 + communicator.lanes)]
@@ -67,6 +73,8 @@ class Pipe:
             self._staging: Any = torch.empty(shape, dtype=torch.uint8, device=torch.device("cuda", device))
             torch.cuda.current_stream(device).synchronize()  # whoever used that memory before
             self._base = int(self._staging.data_ptr())
+            if tuning.registered:
+                communicator.register(self._base, tuning.buffers * tuning.chunk_bytes)
             self._between = [torch.cuda.Event() for _ in range(tuning.buffers)]
             """Of each staging buffer: gathered, or received."""
             self._done = [torch.cuda.Event() for _ in range(AHEAD_MAX)]
@@ -77,6 +85,8 @@ class Pipe:
         self._count = self._finished = 0
         """Pieces enqueued, and those known complete."""
         self._turn = 0
+        self._due = 0.0
+        """On the monotonic clock: when the pieces enqueued may be complete, at the earliest."""
 
     def send(self, pieces: Pieces, watch: Watch) -> None:
         """Enqueue sending all pieces; raises what ``watch`` raises, and TransferError."""
@@ -97,7 +107,7 @@ class Pipe:
                 gathered.wait(wire)
                 self._communicator.send(self._base + slot * self._chunk_bytes, size, self._raw[lane], lane)
                 self._done[count % AHEAD_MAX].record(wire)
-                self._count = count + 1
+                self._enqueued(size)
 
     def receive(self, pieces: Pieces, watch: Watch) -> None:
         """Enqueue receiving all pieces into their runs; errors as of send()."""
@@ -118,7 +128,7 @@ class Pipe:
                 received.wait(copying)
                 copy(index)
                 self._done[count % AHEAD_MAX].record(copying)
-                self._count = count + 1
+                self._enqueued(size)
 
     def exchange(self, pattern: bytes, watch: Watch) -> bytes:
         """Send a few bytes in each lane and receive as many, which connects the two sides.
@@ -140,14 +150,14 @@ class Pipe:
             places = sent.data_ptr(), received.data_ptr(), self._chunk_bytes, self._raw[lane]
             self._communicator.exchange(*places, watch, deadline, lane)
             self._done[self._count % AHEAD_MAX].record(self._wires[lane])
-            self._count += 1
+            self._enqueued(0)
             self.drain(watch)
             return bytes(received[:nbytes].cpu().numpy().tobytes())
 
     def drain(self, watch: Watch) -> None:
         """Wait until all pieces are complete. DeadlineExceeded when none completes for IDLE_S."""
         with mapped("moving bytes over NCCL"):
-            self._await(self._count, watch)
+            self._await(self._count, watch, self._due)
 
     def abort(self) -> None:
         """End everything in flight, free the communicator and the staging. Safe to call twice.
@@ -171,17 +181,23 @@ class Pipe:
             self._rows.clear()
             for table in self._tables:
                 table.close()
+            while self._uploads:
+                driver.free(self._device, self._uploads.pop())
             for own in self._streams:
                 own.close()
 
     def _warm_up(self) -> None:
         """Load the kernel and make the events now: loading may wait for kernels that run, which wait for a peer."""
         self._rows[0][0] = (self._base, self._base + self._chunk_bytes, 16, 0)
-        for grid in range(1, PROGRAMS + 1):
+        for grid in range(1, self._programs + 1):
             self._kernel(grid, self._streams[0].cuda_stream, (self._tables[0].address, 1))
         for event in (*self._between, *self._done, *self._read):
             event.record(self._copying)
         self._copying.synchronize()
+
+    def _enqueued(self, nbytes: int) -> None:
+        self._count += 1
+        self._due = max(self._due, time.monotonic()) + nbytes / BYTES_PER_S
 
     def _place(self, pieces: Pieces) -> tuple[Ints, list[int]]:
         """The staging address of each row, and the staging buffer of each piece."""
@@ -192,7 +208,7 @@ class Pipe:
     def _copier(self, pieces: Pieces, sources: Ints, targets: Ints, watch: Watch) -> Callable[[int], None]:
         """A function that starts copying the rows of one piece; called for each in order."""
         starts = pieces.starts.tolist()
-        kernel, stream = self._kernel, self._streams[0].cuda_stream
+        kernel, stream, most = self._kernel, self._streams[0].cuda_stream, self._programs
         filled, offset = 0, 0  # rows put into tables, and which of them is first in the present one
 
         def copy(index: int) -> None:
@@ -203,8 +219,8 @@ class Pipe:
                     offset, filled = row, min(row + TABLE_ROWS, len(sources))
                     self._fill(sources[offset:filled], targets[offset:filled], pieces.nbytes[offset:filled], watch)
                 count = min(end, filled) - row
-                address = self._tables[self._turn].address + (row - offset) * _FULL_ROW_BYTES
-                kernel(min(count, PROGRAMS), stream, (address, count))
+                address = self._table(self._turn) + (row - offset) * _FULL_ROW_BYTES
+                kernel(min(count, most), stream, (address, count))
                 row += count
 
         return copy
@@ -217,14 +233,24 @@ class Pipe:
         rows = self._rows[turn][: len(sources)]
         rows[:, 0], rows[:, 1], rows[:, 2] = sources, targets, nbytes
         self._turn = turn
+        if self._uploads:
+            stream = self._streams[0].cuda_stream
+            driver.copy_in(self._uploads[turn], self._tables[turn].address, len(rows) * _FULL_ROW_BYTES, stream)
 
-    def _await(self, count: int, watch: Watch) -> None:
-        """Wait until the first ``count`` pieces are complete. DeadlineExceeded when none completes for IDLE_S."""
+    def _table(self, turn: int) -> int:
+        """The address at which the kernels read a table."""
+        return self._uploads[turn] if self._uploads else self._tables[turn].address
+
+    def _await(self, count: int, watch: Watch, due: float = 0.0) -> None:
+        """Wait until the first ``count`` pieces are complete, the last of them not before ``due``.
+
+        DeadlineExceeded when none completes for IDLE_S.
+        """
         while self._finished < count:
-            self._wait(self._done[self._finished % AHEAD_MAX], watch)
+            self._wait(self._done[self._finished % AHEAD_MAX], watch, due)
             self._finished += 1
 
-    def _wait(self, event: Any, watch: Watch) -> None:
+    def _wait(self, event: Any, watch: Watch, due: float = 0.0) -> None:
         """Wait for one event, of which the host knows that it will come."""
         if event.query():
             return
@@ -233,7 +259,9 @@ class Pipe:
             watch()
             self._communicator.check()
 
-        poll(event.query, both, Deadline.after(IDLE_S, IDLE_SETTING), "the peer", "moving bytes over NCCL")
+        expected_s = max(0.0, due - time.monotonic())
+        idle = Deadline.after(IDLE_S, IDLE_SETTING)
+        poll(event.query, both, idle, "the peer", "moving bytes over NCCL", expected_s)
 
 
 def _quiet(stream: Any) -> Callable[[], bool]:

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["table", "count"])
-def copy_kernel(table, count, TILE: tl.constexpr, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Copy runs: rows of (source, target, bytes, unused). TILE: bytes in flight; BYTES: of the byte path, per step."""
+@triton.jit
+def _copy_rows(table, count, TILE: tl.constexpr, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     rows = table.to(tl.int64).to(tl.pointer_type(tl.int64))
     index = tl.program_id(0)
     step = tl.num_programs(0)
@@ -49,6 +48,45 @@ def copy_kernel(table, count, TILE: tl.constexpr, BYTES: tl.constexpr):  # type:
         source = next_source
         target = next_target
         nbytes = next_nbytes
+
+
+@triton.jit(do_not_specialize=["table", "count"])
+def copy_kernel(table, count, TILE: tl.constexpr, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Copy runs: rows of (source, target, bytes, unused). TILE: bytes in flight; BYTES: of the byte path, per step."""
+    _copy_rows(table, count, TILE, BYTES)
+
+
+@triton.jit(do_not_specialize=["table", "count", "arrived", "nonce", "seen"])
+def read_kernel(  # type: ignore[no-untyped-def]
+    table,
+    count,
+    arrived,
+    nonce,
+    seen,
+    TILE: tl.constexpr,  # noqa: N803
+    BYTES: tl.constexpr,  # noqa: N803
+):
+    """As copy_kernel; then, unless ``seen`` is 0, the last program to end copies four words from ``nonce`` to ``seen``.
+
+    ``arrived`` is a counter in device memory, 0 before and after; ``seen`` is in pinned host memory. The words are read
+    when every byte of every program has been read and written: a thread's copies come before the barrier, that before
+    its program's increment, that (release) before the last one (acquire), that before the read, which is volatile: in
+    PTX's memory model a relaxed read of system scope, never from L1. And they are written only when the copied bytes
+    are visible to the whole system: the counter is set back with a release of system scope first. (Not by an atomic on
+    host memory, which not every PCIe path can carry out.)
+    """
+    _copy_rows(table, count, TILE, BYTES)
+    if seen != 0:
+        counter = arrived.to(tl.int64).to(tl.pointer_type(tl.int32))
+        words = tl.arange(0, 4)
+        tl.debug_barrier()
+        before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        if before == tl.num_programs(0) - 1:
+            found = tl.load(nonce.to(tl.int64).to(tl.pointer_type(tl.int64)) + words, volatile=True)
+            tl.debug_barrier()
+            tl.atomic_xchg(counter, 0, sem="acq_rel", scope="sys")
+            tl.debug_barrier()
+            tl.store(seen.to(tl.int64).to(tl.pointer_type(tl.int64)) + words, found)
 
 
 @triton.jit

@@ -18,24 +18,22 @@ from vllm_fleet.fabric.endpoint import receive_answer
 from vllm_fleet.fabric.owner import encode_runs
 from vllm_fleet.fabric.plan import BlockCopyPlan, Ints
 from vllm_fleet.fabric.transports.cuda import driver
-from vllm_fleet.fabric.transports.cuda.direct import DirectTransfer, Slot
-from vllm_fleet.fabric.transports.cuda.kernels import CopyQueue
+from vllm_fleet.fabric.transports.cuda.direct import DirectTransfer
+from vllm_fleet.fabric.transports.cuda.kernels import CopyQueue, ReadQueue
 from vllm_fleet.fabric.transports.cuda.mapping import NONCE_BYTES, Mapping
+from vllm_fleet.fabric.transports.cuda.reads import DirectReads, check_nonce, check_plan
 from vllm_fleet.fabric.transports.cuda.watch import Hangups, hung_up
-from vllm_fleet.fabric.work import check_bounds
 from vllm_fleet.net.channel import Channel
 from vllm_fleet.wire import fabric as wire
 from vllm_fleet.wire.fabric import PoolHandle
 
-FIRST_BYTES = 8 << 20  # a small first piece: the GPU is at work while the rest of the plan is prepared
+FIRST_BYTES = 32 << 20  # a small first piece: the GPU is at work while the rest of the plan is prepared
 FIRST_RUNS = 1024
-GROWTH = 2  # of each piece over the one before: copying one takes longer than preparing the next, 30 ns for each run
+GROWTH = 4  # of each piece over the one before: copying one takes longer than preparing the next, 30 ns for each run
 PIECE_BYTES_MAX = 512 << 20  # two pieces are under way, 3 ms over NVLink: the longest a cancel waits
 UNDER_WAY = 2
 PERMIT_S = 10.0
 PERMIT_SETTING = "fabric.transports.cuda.reader.PERMIT_S"
-SLOTS = 4  # transfers that callers' own threads may have under way
-DIRECT_BYTES_MAX = 1 << 30
 LOOK_MS = 20  # between looks at the cancel event while the owner is asked
 
 Start: TypeAlias = Callable[[BlockCopyPlan], Callable[[], None]]
@@ -43,15 +41,16 @@ Start: TypeAlias = Callable[[BlockCopyPlan], Callable[[], None]]
 
 
 def warm_up(device: int) -> None:
-    """Compile the copy kernel, or load it from Triton's cache: seconds that no deadline of connect() should pay."""
+    """Compile the copy kernels, or load them from Triton's cache: seconds that no deadline of connect() should pay."""
     words = driver.Pinned(device, 2 * NONCE_BYTES)
     stream = driver.Stream(device)
     queue = CopyQueue(device, stream.cuda_stream)
     at = np.array([words.address], np.int64)
     queue.start(at, at + NONCE_BYTES, np.array([NONCE_BYTES], np.int64))()
-    queue.close()
-    stream.close()
-    words.close()
+    reads = ReadQueue(device, stream.cuda_stream, words.address)
+    stream.synchronize()
+    for one in (reads, queue, stream, words):
+        one.close()
 
 
 class IpcCopier:
@@ -74,9 +73,8 @@ class IpcCopier:
         self._gone = threading.Event()
         self._stream = driver.Stream(self._device)
         self._queue = CopyQueue(self._device, self._stream.cuda_stream)
-        self._pinned = driver.Pinned(self._device, NONCE_BYTES * (1 + SLOTS))
-        self._seen = Slot(self._device, self._pinned, 0)
-        self._slots = [Slot(self._device, self._pinned, index + 1) for index in range(SLOTS)]
+        self._pinned = driver.Pinned(self._device, NONCE_BYTES)
+        self._reads = DirectReads(pool, peer, mapping, nonce, self._stream, channel.peer)
         self._hangups = hangups
         hangups.watch(channel.socket, self._hung_up)
 
@@ -84,56 +82,49 @@ class IpcCopier:
         """Read the nonce as blocks are read, by the kernel, and as it is checked. TransferError when it is another."""
         with self._lock:
             self._check_owner()
-            source, target = np.array([self._mapping.nonce]), np.array([self._seen.address])
-            self._queue.start(source, target, np.array([NONCE_BYTES], np.int64))()
-            self.check(self._seen)
-            self._fetch_nonce(self._seen)
+            self._reads.probe()
+            self._fetch_nonce()
             self._stream.synchronize()
-            self.check(self._seen)
+            self._check_nonce()
 
     def read(self, plan: BlockCopyPlan, cancelled: threading.Event) -> None:
+        with self._lock:
+            self._reads.forget(plan)
         self._copy(plan, (self._peer_bytes, self._own_bytes), cancelled, self._start_read)
+
+    def prepare(self, plan: BlockCopyPlan) -> None:
+        """Fill and upload the table for start_read(plan), unless that has to wait for something. Raises nothing."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if not self._gone.is_set():
+                self._reads.prepare(plan)
+        finally:
+            self._lock.release()
 
     def start_read(self, plan: BlockCopyPlan) -> DirectTransfer | None:
         """Start a read on the calling thread; None when it should be left to the link's thread.
 
-        That is when the thread is at work, the plan is long, or as many direct transfers as there are slots are under
-        way. Two changes of threads cost 0.2 ms, twice the time of a copy of 32 MiB.
+        That is when the thread is at work, the plan is long or empty, or much is under way already. Two changes of
+        threads cost 0.2 ms, twice the time of a copy of 32 MiB.
         """
-        if len(plan) > limits.RUNS_MAX or not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             return None
         try:
-            slot = next((slot for slot in self._slots if slot.user is None or slot.user.has_ended()), None)
-            nbytes = plan.total_bytes
-            if slot is None or nbytes > DIRECT_BYTES_MAX:
-                return None
-            slot.user = transfer = DirectTransfer(self, slot, nbytes)
-            try:
-                self._check_owner()
-                for part in _parts(plan, (self._peer_bytes, self._own_bytes)):
-                    self._start_read(part)
-                self._fetch_nonce(slot)
-            except FleetError as error:
-                self._stream.synchronize()
-                transfer.fail(error)
+            transfer = None if self._gone.is_set() else self._reads.start(plan)
+            if transfer is not None:
+                try:
+                    self._check_owner()  # while the GPU is at work; the mapping stays for as long as the lock is held
+                except FleetError as error:
+                    self._stream.synchronize()
+                    transfer.fail(error)
             return transfer
         finally:
             self._lock.release()
 
     def cancel_direct(self) -> None:
         """Cancel what start_read() started."""
-        for slot in self._slots:
-            if slot.user is not None:
-                slot.user.cancel()
-
-    def check(self, slot: Slot) -> None:
-        """TransferError unless the registration stood until the nonce was fetched to the slot.
-
-        Whether the owner still lives does not matter: what was read is right, for memory outlives its owner while it
-        is mapped.
-        """
-        if slot.words.tobytes() != self._nonce:
-            raise TransferError(f"{self._channel.peer} does not hold what it registered: withdrawn or replaced")
+        self._reads.cancel()
 
     def _check_owner(self) -> None:
         """TransferError when the owner has hung up; the lock is held."""
@@ -141,7 +132,6 @@ class IpcCopier:
             raise self._left()
 
     def _start_read(self, part: BlockCopyPlan) -> Callable[[], None]:
-        _check_bounds(part, self._peer_bytes, self._own_bytes)
         source, target = self._mapping.regions[part.region], self._own[part.region]
         source += part.source
         target += part.target
@@ -151,7 +141,6 @@ class IpcCopier:
         sizes = (self._own_bytes, self._peer_bytes)
 
         def start(part: BlockCopyPlan) -> Callable[[], None]:
-            _check_bounds(part, *sizes)
             if not self._permitted(part, cancelled):
                 return lambda: None
             source = self._own[part.region] + part.source
@@ -168,9 +157,8 @@ class IpcCopier:
         self._unmap()
         with self._lock:
             self._queue.close()
+            self._reads.close()
             self._stream.close()
-            for slot in (self._seen, *self._slots):
-                slot.close()
             self._pinned.close()
 
     def _hung_up(self) -> None:
@@ -204,18 +192,20 @@ class IpcCopier:
                         under_way.popleft()()
                 if self._gone.is_set():
                     raise self._left()
-                self._fetch_nonce(self._seen)
+                self._fetch_nonce()
             finally:
                 self._stream.synchronize()  # nothing of ours is written once this has returned
             if not cancelled.is_set():
-                self.check(self._seen)
+                self._check_nonce()
 
-    def _fetch_nonce(self, slot: Slot) -> None:
-        """Fetch the owner's nonce behind all copies so far; there when the slot's event has passed."""
-        slot.words[:] = 0
+    def _fetch_nonce(self) -> None:
+        """Fetch the owner's nonce behind all copies so far; there when the stream has ended."""
+        self._pinned.words[:] = 0
         with driver.current(self._device):
-            driver.copy_out(slot.address, self._mapping.nonce, NONCE_BYTES, self._stream.cuda_stream)
-            slot.event.record(self._stream.cuda_stream)
+            driver.copy_out(self._pinned.address, self._mapping.nonce, NONCE_BYTES, self._stream.cuda_stream)
+
+    def _check_nonce(self) -> None:
+        check_nonce(self._pinned.words.tobytes(), self._nonce, self._channel.peer)
 
     def _left(self) -> TransferError:
         return TransferError(f"{self._channel.peer} has withdrawn its memory or is gone: it closed the connection")
@@ -248,30 +238,12 @@ class IpcCopier:
         return True
 
 
-def _check_bounds(part: BlockCopyPlan, source_bytes: Ints, target_bytes: Ints) -> None:
-    """As check_bounds; in a quarter of the time where the regions of a side are equally long."""
-    regions = min(len(source_bytes), len(target_bytes))
-    named = int(part.region.min()) >= 0 and int(part.region.max()) < regions
-    if not (named and _fit(part.source, part.nbytes, source_bytes) and _fit(part.target, part.nbytes, target_bytes)):
-        check_bounds(part, source_bytes, target_bytes)
-
-
-def _fit(offsets: Ints, nbytes: Ints, sizes: Ints) -> bool:
-    """Whether runs of at most FIRST_BYTES lie inside even the shortest region."""
-    end = int(sizes.min())
-    return int(offsets.min()) >= 0 and int(offsets.max()) <= end and int((offsets + nbytes).max()) <= end
-
-
 def _parts(plan: BlockCopyPlan, sizes: tuple[Ints, Ints]) -> Iterator[BlockCopyPlan]:
-    """The plan in pieces, from FIRST_BYTES growing to PIECE_BYTES_MAX; made when asked for.
-
-    Runs of a plan that is out of the ordinary are checked all together; the others when their part is started.
-    """
+    """The plan in pieces, from FIRST_BYTES growing to PIECE_BYTES_MAX; made when asked for. All is checked first."""
     if not len(plan):
         return
-    if int(plan.nbytes.min()) <= 0 or int(plan.nbytes.max()) > FIRST_BYTES:
-        check_bounds(plan, *sizes)
-        plan = plan.split(FIRST_BYTES)
+    check_plan(plan, *sizes)
+    plan = plan.split(FIRST_BYTES)
     ends = np.cumsum(plan.nbytes)
     start, runs_max, bytes_max = 0, FIRST_RUNS, FIRST_BYTES
     while start < len(plan):

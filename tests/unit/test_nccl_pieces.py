@@ -1,0 +1,64 @@
+"""The sizes of an nccl transfer's messages, and the first one cut ahead of the others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_fleet.fabric.transports.cuda.nccl_pieces import FIRST_BYTES, LAST_BYTES, lead_and_rest, message_sizes
+from vllm_fleet.fabric.transports.cuda.pieces import ALIGNMENT, cut
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("chunk", [4096, 5 * MIB, 15 * MIB, 31 * MIB])
+@pytest.mark.parametrize("whole", [0.001, 0.3, 1, 1.7, 3, 9, 33])
+def test_sizes_add_up_and_fit(chunk: int, whole: float) -> None:
+    total = max(1, int(chunk * whole))
+    for first in (False, True):
+        for last in (False, True):
+            sizes = message_sizes(total, chunk, first=first, last=last)
+            assert sum(sizes) == total
+            assert 0 < min(sizes) <= max(sizes) <= chunk
+            assert len(sizes) <= total // chunk + 2 + first * len(FIRST_BYTES) + last * len(LAST_BYTES)
+
+
+def test_only_the_ends_of_a_transfer_are_short() -> None:
+    sizes = message_sizes(128 * MIB, 31 * MIB, first=True, last=True)
+    assert tuple(sizes[:1]) == FIRST_BYTES
+    assert tuple(sizes[-2:]) == LAST_BYTES
+    assert message_sizes(128 * MIB, 16 * MIB, first=False, last=False) == [16 * MIB] * 8
+    assert message_sizes(MIB, 16 * MIB, first=True, last=True) == [MIB]
+    assert all(size % ALIGNMENT == 0 for size in message_sizes(100 * MIB, 15 * MIB, first=True, last=False))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_lead_and_the_rest_are_all_of_it(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    nbytes = rng.integers(1, 5000, rng.integers(1, 60)).astype(np.int64)
+    address = rng.permutation(len(nbytes)).astype(np.int64) * 5000
+    if seed % 2:  # some runs are neighbours
+        address = np.concatenate([[0], np.cumsum(nbytes)[:-1]])
+    total = int(nbytes.sum())
+    cuts = np.unique(np.r_[0, rng.integers(1, total + 1, rng.integers(1, 6)), total])
+    sizes = np.diff(cuts).tolist()
+    given = address.copy(), nbytes.copy()
+    parts = list(lead_and_rest(address, nbytes, sizes, 1000))
+    assert (address == given[0]).all()
+    assert (nbytes == given[1]).all()
+    assert [size for part in parts for size in part.sizes] == sizes
+    assert len(parts[0]) == 1
+
+    def octets(pieces: list[tuple[int, int, int]]) -> list[int]:
+        return [start + offset for start, size, _ in pieces for offset in range(size)]
+
+    def rows(part: object) -> list[tuple[int, int, int]]:
+        return list(zip(part.address.tolist(), part.nbytes.tolist(), part.within.tolist(), strict=True))  # type: ignore[attr-defined]
+
+    whole = cut(address, nbytes, sizes, 1000)
+    assert octets([row for part in parts for row in rows(part)]) == octets(rows(whole))
+    for part in parts:
+        for index, size in enumerate(part.sizes):
+            piece = part[index]
+            assert int(piece.nbytes.sum()) == size
+            assert (piece.within == np.cumsum(piece.nbytes) - piece.nbytes).all()
