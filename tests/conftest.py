@@ -91,7 +91,10 @@ class SharedFleets:
             self.stop()
             home = self._factory.mktemp(transport)
             config = home / "fleet.yaml"
-            config.write_text(f"fabric: {{transports: [{transport}]}}\nrouter: {{handoff: {HANDOFFS[transport]}}}\n")
+            config.write_text(
+                f"fabric: {{transports: [{transport}]}}\nrouter: {{handoff: {HANDOFFS[transport]}}}\n"
+                "handoff: {load: always}\n"
+            )
             self._running = self._stack.enter_context(running_fleet(home, "--config", str(config)))
             self._transport = transport
         return self._running

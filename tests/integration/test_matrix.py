@@ -13,12 +13,13 @@ import pytest
 
 from tests.conftest import MODEL, RunningFleet, SharedFleets, running_fleet
 from tests.integration.asking import Answer, ask_all, body
-from vllm_fleet.bench.plain import plain_instance, scrape, total
+from vllm_fleet.bench.plain import plain_instance, post, scrape, total
 from vllm_fleet.bench.recall import facts_for_tokens, make_prompt, prompt_tokens
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 NOISE = 0.06
+HOLD = {"do_remote_decode": True, "do_remote_prefill": False}
 CHUNK = "--max-num-batched-tokens=256"
 FACTS_MAX = 286  # of the recall task; longer prompts have spaces in front, a token each
 
@@ -106,7 +107,7 @@ def cut_fleet(
     config.write_text(
         f"vllm_args: [{CHUNK}]\nrouter: {{handoff: {mode}}}\n"
         f'prefill_args: [-tp, "{prefill}"]\ndecode_args: [-tp, "{decode}"]\n'
-        "handoff: {prefill_s: 300, load_s: 60}\n"
+        "handoff: {prefill_s: 300, load_s: 60, load: always}\n"
     )
     with running_fleet(tmp_path, "--config", str(config)) as running:
         yield running
@@ -128,7 +129,9 @@ def many(
     shared_fleets.stop()
     home = tmp_path_factory.mktemp("many")
     config = home / "fleet.yaml"
-    config.write_text(f"prefill: 2\ndecode: 2\nvllm_args: [{CHUNK}, --max-model-len=16384]\n")
+    config.write_text(
+        f"prefill: 2\ndecode: 2\nvllm_args: [{CHUNK}, --max-model-len=16384]\nhandoff: {{load: always}}\n"
+    )
     with running_fleet(home, "--config", str(config)) as running:
         yield running
 
@@ -142,7 +145,6 @@ def prefills(fleet: RunningFleet) -> list[str]:
 
 
 def test_two_by_two_at_concurrency_64(many: RunningFleet, reference: Reference) -> None:
-    """Every prefill hands to every decode."""
     before = counted(decodes(many), "loaded")
     asked, wanted = short_requests() * 4, reference.short * 4
     answers = ask_all(many.router, asked, 64)
@@ -155,8 +157,24 @@ def test_two_by_two_at_concurrency_64(many: RunningFleet, reference: Reference) 
         assert counted([url], "loaded") > 0, url
     for url in prefills(many):
         assert counted([url], "held") > 0, url
+
+
+def test_every_prefill_hands_to_every_decode(many: RunningFleet) -> None:
+    """The router's choices may leave a pair out, so each is asked for by hand. A link is made once and kept."""
+    rng = random.Random(44)
+    for _ in range(2):
+        for prefill in prefills(many):
+            for decode in decodes(many):
+                prompt = make_prompt(rng, 60)
+                held, _ = post(f"{prefill}/v1/completions", body(prompt.text, max_tokens=1, kv_transfer_params=HOLD))
+                answer, _ = post(
+                    f"{decode}/v1/completions",
+                    body(prompt.text, max_tokens=3, kv_transfer_params=held["kv_transfer_params"]),
+                )
+                assert answer["choices"][0]["text"] == prompt.value
     links = [line for name in ("decode-0", "decode-1") for line in many.log(name).splitlines() if "link.chosen" in line]
     assert len(links) == 4, links
+    assert counted(decodes(many), "recomputed") == 0
 
 
 def test_long_prompts_in_chunks(many: RunningFleet, reference: Reference) -> None:

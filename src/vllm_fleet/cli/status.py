@@ -8,6 +8,7 @@ import typer
 
 from vllm_fleet.cli.progress import table
 from vllm_fleet.config.load import process_environment
+from vllm_fleet.core import limits
 from vllm_fleet.launcher.status import status
 from vllm_fleet.launcher.up import run_folder
 
@@ -22,3 +23,7 @@ def run(name: str, *, as_json: bool) -> None:
     else:
         typer.echo(f"fleet '{found.record.fleet}' serves {found.record.model} ({found.record.phase})")
         typer.echo(table(found.record, found.states))
+        for name, peers in found.below.items():
+            for peer, tokens in peers.items():
+                much = "all prompts" if tokens >= limits.TOKENS_MAX else f"prompts of under {tokens} tokens"
+                typer.echo(f"{name} computes {much} itself, sooner than it loads them from {peer}")

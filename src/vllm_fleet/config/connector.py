@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -36,6 +36,7 @@ class ConnectorSettings(Struct, frozen=True, forbid_unknown_fields=True):
     hold_s: Seconds = 120.0
     load_s: Seconds = 10.0
     prefill_s: Seconds = 120.0
+    load: Literal["quicker", "always"] = "quicker"
 
 
 def parse_connector_settings(extra: dict[str, Any]) -> ConnectorSettings:

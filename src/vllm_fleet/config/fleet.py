@@ -49,6 +49,10 @@ class HandoffConfig(Part):
         le=3600,
         description="how long decode waits for prefill to compute a prompt before it does",
     )
+    load: Literal["quicker", "always"] = Field(
+        "quicker",
+        description="whether decode computes a prompt itself where it has learnt that this is sooner than to load",
+    )
     on_failure: Literal["recompute", "fail"] = Field("recompute", description="what decode does when KV cannot be had")
 
 

@@ -70,6 +70,11 @@ class FleetConnector(KVConnectorBase_V1):
         settings = parse_connector_settings(dict(transfer.kv_connector_extra_config or {}))
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ConfigError("the fleet connector does not support pipeline parallelism yet; use tensor parallelism")
+        if vllm_config.model_config.enable_sleep_mode and vllm_config.device_config.device_type != "cpu":
+            raise ConfigError(
+                "the fleet connector cannot follow KV memory that sleep mode unmaps, of which vLLM tells nothing; "
+                "start without --enable-sleep-mode"
+            )
         self._credentials = Credentials(settings.fleet, read_token(settings.token_file))
         self._layout = layout_of(vllm_config)
         self._blocks = kv_cache_config.num_blocks
@@ -83,6 +88,7 @@ class FleetConnector(KVConnectorBase_V1):
                 engine=engine,
                 block_tokens=vllm_config.cache_config.block_size,
                 env=RealEnv(),
+                quicker=settings.load == "quicker",
             )
             parallel = vllm_config.parallel_config
             # Of data-parallel engines behind one URL one registers; which of them gets a request cannot be told
@@ -188,6 +194,7 @@ class FleetConnector(KVConnectorBase_V1):
             return None
         stats = FleetStats()
         stats.data["outcomes"] = outcomes
+        stats.data["below"] = self._s.thresholds()
         return stats
 
     def shutdown(self) -> None:

@@ -14,7 +14,7 @@ from vllm_fleet.core.errors import Corrupt, FleetError, LinkError
 from vllm_fleet.fabric.contract import KVPool
 from vllm_fleet.fabric.endpoint import ask
 from vllm_fleet.fabric.integrity import Mode, Verifier
-from vllm_fleet.fabric.plan import BlockShape
+from vllm_fleet.fabric.plan import BlockCopyPlan, BlockShape
 from vllm_fleet.fabric.select import Chosen, LinkSelector
 from vllm_fleet.net.channel import Channel, Credentials, connect
 from vllm_fleet.wire import fabric as wire
@@ -65,6 +65,11 @@ class Connection:
             self._chosen = self._own.selector.choose(self._described.handles, self._name, deadline)
             self.verifier = Verifier(self._own.pool, self._own.checksums, np.random.default_rng())
         return self._chosen
+
+    def prepare(self, plan: BlockCopyPlan) -> None:
+        """Get a read ready that will most likely be asked for, where the link gains by it."""
+        if self._chosen is not None:
+            self._chosen.link.prepare(plan)
 
     def drop_link(self) -> None:
         """Close the link; the next use makes another."""

@@ -24,6 +24,8 @@ class Holder:
         self._table = PinTable(hold_s, lease_s)
         self._changed = ended
         self._pool: KVPool | None = None
+        self._early = False
+        """Whether readers hear of blocks before they are ready: a read from GPU memory can be prepared meanwhile."""
         self._followers: dict[str, Channel] = {}
         self._names: dict[Channel, str] = {}
         """The follower in whose name a connection opens transfers: both come from one host, over two connections."""
@@ -37,6 +39,7 @@ class Holder:
     def use_pool(self, pool: KVPool) -> None:
         """The pool that granted reads are checked against."""
         self._pool = pool
+        self._early = pool.cuda is not None
 
     # The engine's side -------------------------------------------------------------------------------------------
 
@@ -50,6 +53,8 @@ class Holder:
                 self._table.revoke(transfer)
             for grow in grows:
                 self._table.grow(grow.transfer, grow.request, grow.prompt, grow.blocks)
+                if self._early:
+                    self._table.changed.add(grow.transfer)
             for job in holds:
                 self._table.hold(job.transfer, job.request, job.prompt, job.blocks, job.tokens, now)
             self._tell()

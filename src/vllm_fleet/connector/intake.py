@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm_fleet.fabric.contract import Transfer
-from vllm_fleet.fabric.plan import Slices
+from vllm_fleet.fabric.plan import BlockCopyPlan, Slices
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Ended:
     wait_s: float = 0.0
     """From the load's start until all its KV was ready to be copied."""
     whole_s: float = 0.0
+    tokens: int = 0
+    """Of the blocks copied, the last one perhaps in part."""
     job: Job | None = None
     """Which one it was."""
 
@@ -82,6 +84,8 @@ class Intake:
     copied: int = 0
     """Of our blocks, how many have been copied."""
     complete_at: float | None = None
+    prepared: tuple[int, int, BlockCopyPlan] | None = None
+    """A plan made beforehand, and from which of our blocks to which it copies."""
     nbytes: int = 0
     copies: int = 0
     copy_s: float = 0.0
@@ -103,6 +107,13 @@ class Intake:
         """Their blocks and ours to copy now; empty while nothing new is ready."""
         load, stop = self.job.load, self._ready_blocks()
         return self.theirs[load.skip + self.copied : load.skip + stop], load.blocks[self.copied : stop]
+
+    def upcoming_blocks(self) -> tuple[list[int], tuple[int, ...]]:
+        """Their blocks and ours that are known but not ready, when nothing is: what is copied next, most likely."""
+        load, known = self.job.load, min(len(self.theirs), len(self.job.load.blocks) + self.job.load.skip)
+        if self._ready_blocks() > self.copied:
+            return [], ()
+        return self.theirs[load.skip + self.copied : known], load.blocks[self.copied : max(0, known - load.skip)]
 
     @property
     def done(self) -> bool:

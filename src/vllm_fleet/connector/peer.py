@@ -14,13 +14,13 @@ from collections.abc import Callable
 from vllm_fleet.connector.dial import Connection, Self, dial
 from vllm_fleet.connector.inbox import Heard, Inbox, Item, Release
 from vllm_fleet.connector.intake import Ended, Intake, Job, PeerLoad
+from vllm_fleet.connector.split import plan_part
 from vllm_fleet.core import log
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import Corrupt, DeadlineExceeded, FleetError, PeerGone
 from vllm_fleet.fabric.contract import TransferError
 from vllm_fleet.fabric.endpoint import ask
 from vllm_fleet.fabric.integrity import ChecksumError
-from vllm_fleet.fabric.plan import BlockCopyPlan, plan_blocks, plan_slices
 from vllm_fleet.wire import fabric as wire
 from vllm_fleet.wire.ticket import WorkerAddress
 
@@ -154,6 +154,8 @@ class Peer:
             theirs, ours = intake.next_blocks()
             if ours:
                 self._copy(intake, theirs, ours)
+            else:
+                self._prepare(intake)
             if intake.done:
                 self._finish(intake)
             elif time.monotonic() >= intake.deadline:
@@ -169,8 +171,12 @@ class Peer:
         connection, load = self._connection, intake.job.load
         assert connection is not None
         deadline = Deadline.after(self._load_s, LOAD_SETTING)
-        plan = self._plan(connection, load, theirs, ours)
         began = time.monotonic()
+        kept, intake.prepared = intake.prepared, None
+        if kept is not None and kept[:2] == (intake.copied, intake.copied + len(ours)):
+            plan = kept[2]
+        else:
+            plan = plan_part(load, connection.shapes, self._own.shapes, theirs, ours)
         chosen = connection.use_link(deadline)
         try:
             with connection.verifier.checking(connection.channel, chosen.handle.pool, plan, deadline):
@@ -188,10 +194,16 @@ class Peer:
         intake.nbytes += plan.total_bytes
         intake.copy_s += time.monotonic() - began
 
-    def _plan(self, connection: Connection, load: PeerLoad, theirs: list[int], ours: tuple[int, ...]) -> BlockCopyPlan:
-        if load.slices is None:
-            return plan_blocks(self._own.shapes, theirs, ours, load.transfer)
-        return plan_slices(connection.shapes, self._own.shapes, load.slices, theirs, ours, load.transfer)
+    def _prepare(self, intake: Intake) -> None:
+        """Get the next copy ready while prefill computes what it copies."""
+        connection, (theirs, ours) = self._connection, intake.upcoming_blocks()
+        if connection is None or not ours:
+            return
+        until = intake.copied + len(ours)
+        if intake.prepared is None or intake.prepared[:2] != (intake.copied, until):
+            plan = plan_part(intake.job.load, connection.shapes, self._own.shapes, theirs, ours)
+            intake.prepared = (intake.copied, until, plan)
+            connection.prepare(plan)
 
     def _finish(self, intake: Intake) -> None:
         connection, load = self._connection, intake.job.load
@@ -237,6 +249,7 @@ class Peer:
                 copy_s=intake.copy_s,
                 wait_s=ready - intake.began,
                 whole_s=now - intake.began,
+                tokens=intake.copied * load.block_tokens,
                 job=intake.job,
             )
         )

@@ -17,9 +17,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from vllm_fleet.connector.choice import Choice
 from vllm_fleet.connector.jobs import LoadJob, ReleaseJob
 from vllm_fleet.connector.meta import StepMetadata
 from vllm_fleet.connector.prefill import PrefillSide, request_digest
+from vllm_fleet.connector.stats import FleetStats
 from vllm_fleet.core import log
 from vllm_fleet.core.env import Env
 from vllm_fleet.core.errors import BadRequest, FleetError
@@ -35,7 +37,7 @@ from vllm_fleet.wire.ticket import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Wanted:
     """A transfer that a request's prompt can be loaded by."""
 
@@ -45,6 +47,12 @@ class _Wanted:
     prompt: bytes
     tokens: int
     streamed: bool
+    declined: bool | None = None
+    """Whether computing is sooner; None: not asked yet."""
+
+    @property
+    def peer(self) -> str:
+        return f"{self.workers[0].host}:{self.workers[0].port}"
 
 
 @dataclass
@@ -56,7 +64,7 @@ class _Load:
 class SchedulerSide:
     """State of all requests that hand over or take KV."""
 
-    def __init__(self, *, token: bytes, engine: str, block_tokens: int, env: Env) -> None:
+    def __init__(self, *, token: bytes, engine: str, block_tokens: int, env: Env, quicker: bool = True) -> None:
         self.workers: tuple[WorkerAddress, ...] = ()
         self.outcomes: Counter[str] = Counter()
         self._token = token
@@ -67,6 +75,9 @@ class SchedulerSide:
         self._wanted: dict[str, _Wanted] = {}
         self._loading: dict[str, _Load] = {}
         self._next = StepMetadata()
+        self._choice = Choice()
+        self._quicker = quicker
+        self._step: tuple[int, float] | None = None
 
     # Decode ---------------------------------------------------------------------------------------------------------
 
@@ -105,7 +116,11 @@ class SchedulerSide:
         if ticket is None:
             return 0, False
         tokens = min(ticket.tokens, request.num_tokens) - local_tokens
-        return (tokens, True) if tokens > 1 else (0, False)  # vLLM computes the last token itself in any case
+        if ticket.declined is None:
+            ticket.declined = self._quicker and not self._choice.loads(ticket.peer, tokens)
+        if tokens <= 1 or ticket.declined:  # vLLM computes the last token itself in any case
+            return 0, False
+        return tokens, True
 
     def on_allocated(self, request: Request, blocks: list[int], external_tokens: int) -> None:
         """Blocks of the whole request so far are allocated; ``external_tokens`` of its tokens are to be loaded."""
@@ -113,7 +128,7 @@ class SchedulerSide:
         if ticket is None:
             return
         if external_tokens == 0:
-            self.outcomes["local"] += 1
+            self.outcomes["computed" if ticket.declined else "local"] += 1
             self._give_up(ticket)
             return
         local_tokens = min(ticket.tokens, request.num_tokens) - external_tokens
@@ -138,6 +153,10 @@ class SchedulerSide:
 
     def on_output(self, output: KVConnectorOutput) -> None:
         """Count how loads ended; the workers have reported."""
+        stats = output.kv_connector_stats
+        if isinstance(stats, FleetStats):
+            for _, _, _, wait_s, whole_s, peer, tokens in stats.data["loads"]:
+                self._choice.loaded(peer, tokens, whole_s - wait_s)
         for load in self._loading.values():
             load.failed |= not load.blocks.isdisjoint(output.invalid_block_ids)
         for request_id in output.finished_recving or ():
@@ -176,6 +195,10 @@ class SchedulerSide:
         step, self._next = self._next, StepMetadata()
         self._prefill.take_step(output, step)
         step.idle = output.total_num_scheduled_tokens == 0
+        now = self._env.now()
+        if self._step is not None:
+            self._choice.computed(self._step[0], now - self._step[1])
+        self._step = None if step.idle else (output.total_num_scheduled_tokens, now)
         return step
 
     @property
@@ -188,6 +211,11 @@ class SchedulerSide:
         """Outcomes counted since the last call."""
         taken, self.outcomes = dict(self.outcomes), Counter()
         return taken
+
+    def thresholds(self) -> dict[str, int]:
+        """For each peer known well enough: how many tokens are computed here sooner than loaded."""
+        found = {peer: self._choice.below(peer) for peer in self._choice.peers}
+        return {peer: below for peer, below in found.items() if below is not None}
 
     def _give_up(self, ticket: Ticket | StreamTicket | _Wanted) -> None:
         self._next.releases.append(ReleaseJob(ticket.transfer, ticket.workers))

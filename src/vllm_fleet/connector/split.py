@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_fleet.connector.intake import PeerLoad
 from vllm_fleet.connector.jobs import LoadJob
 from vllm_fleet.core.errors import BadRequest
 from vllm_fleet.fabric.heads import HeadLayout, shares, slices
+from vllm_fleet.fabric.plan import BlockCopyPlan, BlockShape, plan_blocks, plan_slices
 from vllm_fleet.wire.ticket import WorkerAddress
 
 
@@ -59,6 +61,19 @@ def split_load(job: LoadJob, own: Ranks, rank: int, block_bytes: set[int]) -> li
         )
         parts.append((job.workers[share.peer_rank], part))
     return parts
+
+
+def plan_part(
+    load: PeerLoad,
+    source_shapes: Sequence[BlockShape],
+    target_shapes: Sequence[BlockShape],
+    theirs: Sequence[int],
+    ours: Sequence[int],
+) -> BlockCopyPlan:
+    """The plan that copies some of a part's blocks."""
+    if load.slices is None:
+        return plan_blocks(target_shapes, theirs, ours, load.transfer)
+    return plan_slices(source_shapes, target_shapes, load.slices, theirs, ours, load.transfer)
 
 
 def unread_ranks(own: Ranks, theirs: int) -> list[int]:

@@ -19,9 +19,10 @@ SECONDS_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0
 class FleetStats(KVConnectorStats):
     """One interval's observations; ``data`` is plain and additive.
 
-    ``outcomes``: {outcome: handoffs}; ``loads``: [[transport, bytes, copy s, wait s, whole s], ...];
+    ``outcomes``: {outcome: handoffs}; ``loads``: [[transport, bytes, copy s, wait s, whole s,
+    peer, tokens], ...];
     ``failures``: {reason: loads}; ``pins``: {rank: [transfers, blocks of finished requests]} held now;
-    ``expired``: pins that ended unused.
+    ``expired``: pins that ended unused; ``below``: {peer: tokens under which decode computes rather than loads}.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -31,14 +32,16 @@ class FleetStats(KVConnectorStats):
             self.reset()
 
     def reset(self) -> None:
-        self.data = {"outcomes": {}, "loads": [], "failures": {}, "pins": {}, "expired": 0}
+        self.data = {"outcomes": {}, "loads": [], "failures": {}, "pins": {}, "expired": 0, "below": {}}
 
     def loaded(self, parts: Sequence[Ended], ranks: int) -> None:
         """One request's KV arrived on one of ``ranks`` workers, each of which has as much."""
         nbytes = sum(part.nbytes for part in parts) * ranks
         slowest = max(parts, key=lambda part: part.whole_s)
         copy_s = max(part.copy_s for part in parts)
-        self.data["loads"].append([slowest.transport, nbytes, copy_s, slowest.wait_s, slowest.whole_s])
+        tokens = max(part.tokens for part in parts)
+        row = [slowest.transport, nbytes, copy_s, slowest.wait_s, slowest.whole_s, parts[0].peer, tokens]
+        self.data["loads"].append(row)
 
     def failed(self, reason: str) -> None:
         """A load failed."""
@@ -50,6 +53,7 @@ class FleetStats(KVConnectorStats):
                 self.data[key][name] = self.data[key].get(name, 0) + count
         self.data["loads"] += other.data["loads"]
         self.data["pins"].update(other.data["pins"])
+        self.data["below"].update(other.data["below"])
         self.data["expired"] += other.data["expired"]
         return self
 
@@ -82,8 +86,8 @@ class FleetMetrics(KVConnectorPromMetrics):
         counter, gauge, histogram = metric_types[Counter], metric_types[Gauge], metric_types[Histogram]
         self._handoffs = counter(
             "vllm:fleet_handoffs",
-            "Handoffs by how they ended on this instance: held (prefill); loaded, local (nothing left to load), "
-            "recomputed, refused (not this fleet's or another prompt's ticket), dropped (decode).",
+            "Handoffs by how they ended on this instance. Prefill: held. Decode: loaded, local (nothing left to load), "
+            "computed (sooner than loading), recomputed, refused (a ticket that does not fit), dropped.",
             [*labelnames, "outcome"],
         )
         self._bytes = counter("vllm:fleet_handoff_bytes", "Bytes of KV loaded.", [*labelnames, "transport"])
@@ -107,9 +111,14 @@ class FleetMetrics(KVConnectorPromMetrics):
         self._held = gauge(
             "vllm:fleet_reserved_blocks", "Blocks of finished requests held for decode.", [*labelnames, "rank"]
         )
+        self._below = gauge(
+            "vllm:fleet_recompute_below_tokens",
+            "Prompts with fewer tokens to load are computed here sooner than loaded from that peer.",
+            [*labelnames, "peer"],
+        )
         self._expired = counter("vllm:fleet_pins_expired", "Holds that ended unused.", labelnames)
         for values in per_engine_labelvalues.values():  # shown from the start: a missing series means no connector
-            for outcome in ("held", "loaded", "local", "recomputed", "refused", "dropped"):
+            for outcome in ("held", "loaded", "local", "recomputed", "refused", "dropped", "computed"):
                 self._handoffs.labels(*values, outcome)
             self._pins.labels(*values, "0")
             self._expired.labels(*values)
@@ -118,7 +127,7 @@ class FleetMetrics(KVConnectorPromMetrics):
         values = self.per_engine_labelvalues[engine_idx]
         for outcome, count in transfer_stats_data["outcomes"].items():
             self._handoffs.labels(*values, outcome).inc(count)
-        for transport, nbytes, copy_s, wait_s, whole_s in transfer_stats_data["loads"]:
+        for transport, nbytes, copy_s, wait_s, whole_s, _, _ in transfer_stats_data["loads"]:
             self._wait.labels(*values).observe(wait_s)
             self._bytes.labels(*values, transport).inc(nbytes)
             self._copy.labels(*values, transport).observe(copy_s)
@@ -128,4 +137,6 @@ class FleetMetrics(KVConnectorPromMetrics):
         for rank, (pins, blocks) in transfer_stats_data["pins"].items():
             self._pins.labels(*values, str(rank)).set(pins)
             self._held.labels(*values, str(rank)).set(blocks)
+        for peer, tokens in transfer_stats_data["below"].items():
+            self._below.labels(*values, peer).set(tokens)
         self._expired.labels(*values).inc(transfer_stats_data["expired"])

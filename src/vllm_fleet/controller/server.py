@@ -14,6 +14,7 @@ from vllm_fleet.controller import reactor
 from vllm_fleet.controller.effects import Reply
 from vllm_fleet.controller.engine import Decide, Engine
 from vllm_fleet.controller.guard import Guard, refusal
+from vllm_fleet.controller.metrics import fleet_metrics
 from vllm_fleet.controller.watchers import Watcher, encode_line, first_events
 from vllm_fleet.core import limits, log
 from vllm_fleet.core.env import Env
@@ -49,6 +50,7 @@ class Api:
             web.delete("/v1/members/{name}", self.deregister),
             web.get("/v1/members", self.members, allow_head=False),
             web.get("/v1/watch", self.watch, allow_head=False),
+            web.get("/metrics", self.metrics, allow_head=False),
             web.get("/health", self.health, allow_head=False),
         ]
 
@@ -74,6 +76,10 @@ class Api:
 
     async def members(self, request: web.Request) -> web.StreamResponse:
         return web.Response(body=control.encode(self._engine.state.snapshot()), content_type="application/json")
+
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
+        page = await fleet_metrics(self._engine.state.snapshot().members)
+        return web.Response(text=page, content_type="text/plain", charset="utf-8")
 
     async def health(self, request: web.Request) -> web.StreamResponse:
         durable = self._engine.state.durable

@@ -148,6 +148,7 @@ def _instance(
         hold_s=config.handoff.hold_s,
         load_s=config.handoff.load_s,
         prefill_s=config.handoff.prefill_s,
+        load=config.handoff.load,
     )
     transfer = connectors.transfer_config(config, role, connector)
     argv = [machine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", config.model]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from vllm_fleet.launcher.rundir import RunDir
 from vllm_fleet.wire import control
 
 CONTROLLER_S = 3.0
+METRICS_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Status:
     """State of each process by name."""
     remarks: tuple[str, ...]
     """What the user should know about how sure this is."""
+    below: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Decode instance -> prefill worker -> prompts with fewer tokens are computed by decode, sooner than loaded."""
 
     def to_json(self) -> dict[str, Any]:
         """What ``status --json`` prints."""
@@ -42,6 +46,7 @@ class Status:
                     "url": each.url,
                     "pid": None if each.id is None else each.id.pid,
                     "state": self.states[each.name],
+                    "computes_below_tokens": self.below.get(each.name, {}),
                 }
                 for each in self.record.processes
                 if each.kind == "instance"
@@ -69,7 +74,25 @@ def status(run: RunDir) -> Status:
         members = _members(run, record)
     except (PeerGone, Corrupt, ConfigError) as error:
         remarks.append(f"the controller does not answer ({error}); states are the supervisor's, from {run.record_file}")
-    return Status(record, {each.name: _state(each, members) for each in record.processes}, tuple(remarks))
+    states = {each.name: _state(each, members) for each in record.processes}
+    below = {
+        each.name: _below(each.url)
+        for each in record.processes
+        if each.kind == "instance" and each.role != "prefill" and states[each.name] == "ready"
+    }
+    return Status(record, states, tuple(remarks), {name: found for name, found in below.items() if found})
+
+
+def _below(url: str) -> dict[str, int]:
+    """What an instance has learnt (connector/choice.py); empty where it does not say."""
+    try:
+        code, body = ask.get(f"{url}/metrics", Deadline.after(METRICS_S, "launcher.status.METRICS_S"))
+    except (PeerGone, Corrupt):
+        return {}
+    found = re.findall(
+        rb'^vllm:fleet_recompute_below_tokens\{[^}]*peer="([^"]*)"[^}]*\} ([0-9.e+]+)$', body, re.MULTILINE
+    )
+    return {peer.decode(): int(float(tokens)) for peer, tokens in found} if code == 200 else {}
 
 
 def _members(run: RunDir, record: FleetRecord) -> dict[str, str]:

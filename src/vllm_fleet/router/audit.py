@@ -67,7 +67,7 @@ def parse_counts(page: str) -> Counts:
                 total += int(sample.value)
     return Counts(
         outcomes.get("loaded", 0),
-        outcomes.get("local", 0),
+        outcomes.get("local", 0) + outcomes.get("computed", 0),
         outcomes.get("recomputed", 0),
         outcomes.get("refused", 0),
         total,

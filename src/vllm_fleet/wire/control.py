@@ -7,6 +7,7 @@
 | DELETE /v1/members/NAME?generation=G | | 204, also when it is gone already; 409 another generation holds the name |
 | GET /v1/members | | 200 Snapshot |
 | GET /v1/watch?since=REVISION&controller=ID | | 200 WatchEvent lines (NDJSON): changes after REVISION, or a Snapshot |
+| GET /metrics | | 200: the connector's counters summed over all instances, as Prometheus text |
 | GET /health | | 200 |
 
 All but /health need ``Authorization: Bearer TOKEN``. Errors are ErrorBody with a 4xx or 5xx status.
