@@ -3,7 +3,7 @@ EXTRA ?= cpu
 SEED ?= 7
 BIN := .venv/bin
 
-.PHONY: help setup demo test unit check format sim bench-handoff bench-fabric bench-cma fuzz clean
+.PHONY: help setup demo test unit check format sim bench-handoff bench-streamed bench-fabric bench-cma fuzz storm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -35,6 +35,9 @@ sim: setup  ## the deterministic simulation of the controller: make sim SEED=7
 bench-handoff: setup  ## how long a handoff takes, beside vLLM's NixlConnector
 	@$(BIN)/python -m benchmarks.handoff $(ARGS)
 
+bench-streamed: setup  ## time to first token through a fleet, beside one plain instance
+	@$(BIN)/python -m benchmarks.streamed $(ARGS)
+
 bench-fabric: setup  ## ways to move blocks between two processes, side by side
 	@$(BIN)/vllm-fleet bench fabric $(ARGS)
 
@@ -43,6 +46,9 @@ bench-cma: setup  ## process_vm_readv against shared memory, for blocks of KV
 
 fuzz: setup  ## a million damaged inputs at everything that reads bytes from others
 	@$(BIN)/python -m benchmarks.fuzz $(ARGS)
+
+storm: setup  ## thousands of requests while every instance is killed, stopped and started again
+	@$(BIN)/python -m benchmarks.storm $(ARGS)
 
 clean:  ## remove .venv and what tools left
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

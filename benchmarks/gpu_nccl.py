@@ -1,11 +1,12 @@
 """The nccl transport between two GPUs of one host: scattered 32 KiB blocks, against contiguous copies in the same run.
 
-    python -m benchmarks.gpu_nccl [--out PATH] [--rounds N] [--only bare|reads]
+    python -m benchmarks.gpu_nccl [--out PATH] [--rounds N] [--only bare|reads|stages]
 
 ``bare`` sweeps what a link may do with its streams (benchmarks/gpu_nccl_bare.py): size and number of staging buffers,
 communicators, CTAs, registered staging, grouped calls, gather and scatter kernels; without the conversation. ``reads``
 are whole reads through the transport with some settings, from Link.read() to the end of wait(): question, gather, wire,
-scatter and the owner's confirmation. Each with the contiguous peer copy, in interleaved rounds; medians.
+scatter and the owner's confirmation; also with plans prepared (Link.prepare) before. Each with the contiguous peer
+copy, in interleaved rounds; medians. ``stages`` shows where the time of a read goes (benchmarks/gpu_nccl_stages.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 
 from benchmarks.gpu_nccl_bare import BLOCK, MIB, NO_COPY, Side, Way, described, full_ways, wire_ways
 from vllm_fleet.core.deadline import Deadline
-from vllm_fleet.fabric.contract import KVPool, Region
+from vllm_fleet.fabric.contract import KVPool, Link, Region
 from vllm_fleet.fabric.endpoint import Endpoint
 from vllm_fleet.fabric.plan import BlockCopyPlan, BlockShape, plan_blocks
 from vllm_fleet.fabric.rendezvous import Meeting
@@ -43,15 +44,16 @@ POOL = 6 << 30
 BARE_SIZES = (128 * MIB, 1024 * MIB)
 READ_SIZES = (32 * MIB, 128 * MIB, 1024 * MIB, 4096 * MIB)
 TUNINGS = (
-    Tuning(),
-    Tuning(programs=64),
-    Tuning(programs=64, uploaded=True),
-    Tuning(programs=64, ctas_max=32),
-    Tuning(programs=64, registered=True),
-    Tuning(20 * MIB, 3, programs=64),
-    Tuning(20 * MIB, 3, ctas_max=32, programs=64),
-    Tuning(31 * MIB, 2, ctas_max=32, lanes=1, programs=64),
+    Tuning(15 * MIB, 4, 16, 2, programs=32),
+    Tuning(15 * MIB, 4, 16, 2, programs=64),
+    Tuning(15 * MIB, 4, 16, 3, programs=32),
+    Tuning(15 * MIB, 4, 16, 3, programs=64),
+    Tuning(10 * MIB, 6, 16, 3, programs=64),
+    Tuning(15 * MIB, 4, 32, 3, programs=32),
+    Tuning(20 * MIB, 3, 32, 2, programs=32),
+    Tuning(20 * MIB, 3, 32, 2, programs=64),
 )
+PREPARED = ", prepared"
 WARM = 2
 BEST = 8
 SECRET = Credentials("bench", bytes(32))
@@ -193,24 +195,26 @@ def sweep(bench: Bench, rounds: int) -> dict[str, Any]:
 def reads(bench: Bench, rounds: int) -> list[dict[str, Any]]:
     """Whole reads through the transport, one link for each of TUNINGS; one row for each size."""
     served = [serve(tuning) for tuning in TUNINGS]
-    ways: dict[str, Callable[[BlockCopyPlan], object]] = {}
+    links: dict[str, Link] = {}
     for (endpoint, transport), tuning, peer in zip(served, TUNINGS, bench.peers, strict=True):
         transport.register(bench.pool)
         endpoint.start()
-        link = transport.connect(peer, Deadline.after(60, "bench"))
-        ways[named(tuning)] = lambda plan, link=link: link.read(plan).wait(Deadline.after(30, "bench"))  # type: ignore[misc]
+        links[named(tuning)] = transport.connect(peer, Deadline.after(60, "bench"))
+    ways = [(name, prepared) for name in links for prepared in (False, True)]
     rows = []
     for nbytes in READ_SIZES:
         plan = scattered(nbytes)
-        took: dict[str, list[float]] = {name: [] for name in ways}
+        took: dict[str, list[float]] = {name + PREPARED * prepared: [] for name, prepared in ways}
         copies = []
         for turn in range(rounds + WARM):
             copies.append(bench.copy(nbytes))
-            for name, way in ways.items():
+            for name, prepared in ways:
+                if prepared:
+                    links[name].prepare(plan)
                 began = time.perf_counter()
-                way(plan)
+                links[name].read(plan).wait(Deadline.after(30, "bench"))
                 if turn >= WARM:
-                    took[name].append(time.perf_counter() - began)
+                    took[name + PREPARED * prepared].append(time.perf_counter() - began)
         rows.append(
             {"mib": nbytes // MIB, "peer copy": gbps(nbytes, copies[WARM:])}
             | {name: gbps(nbytes, spent) for name, spent in took.items()}
@@ -251,39 +255,51 @@ def print_reads(rows: list[dict[str, Any]]) -> None:
     print("\nreads, GB/s (share of the peer copy):", *(f"{row['mib']} MiB" for row in rows))
     for name in rows[0]:
         if name not in ("best", "mib"):
-            print(f"  {name:52}", *(f"{row[name]:7} ({row[name] / row['peer copy']:.2f})" for row in rows))
+            print(f"  {name:60}", *(f"{row[name]:7} ({row[name] / row['peer copy']:.2f})" for row in rows))
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", "--json", type=Path, help="where to write everything as JSON")
     arguments.add_argument("--rounds", type=int, default=5, help="rounds of the sweep; reads take three times as many")
-    arguments.add_argument("--only", choices=("bare", "reads"))
+    arguments.add_argument("--only", choices=("bare", "reads", "stages"))
     chosen = arguments.parse_args()
+    wanted = (chosen.only,) if chosen.only else ("bare", "reads", "stages")
     began = time.monotonic()
-    context = mp.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=owner, args=(theirs, chosen.only != "reads"), daemon=True)
-    process.start()
-    bench = Bench(ours)
     result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__}
     result |= {"nccl": torch.cuda.nccl.version(), "cores": os.cpu_count(), "python": platform.python_version()}
     result |= {"kernel": platform.release().partition("-")[0], "date": time.strftime("%Y-%m-%d")}
     result |= {"command": " ".join(["python -m benchmarks.gpu_nccl", *sys.argv[1:]]), "rounds": chosen.rounds}
-    if chosen.only != "reads":
-        result["bare"] = sweep(bench, chosen.rounds)
-    if chosen.only != "bare":
-        result["reads"] = reads(bench, 3 * chosen.rounds)
-    bench.pipe.send_bytes(b"end")
-    process.join(30)
+    if wanted != ("stages",):
+        result |= measure(wanted, chosen.rounds)
+    if "stages" in wanted:  # last: it wraps what the others use
+        from benchmarks.gpu_nccl_stages import profile, show
+
+        result["stages"] = profile(3 * chosen.rounds, Tuning())
+        show(result["stages"])
     result["seconds"] = round(time.monotonic() - began, 1)
     if chosen.out:
         chosen.out.write_text(json.dumps(result, indent=1) + "\n")
-    if "bare" in result:
-        print_sweep(result["bare"])
-    if "reads" in result:
-        print_reads(result["reads"])
     print(f"{result['seconds']} s")
+
+
+def measure(wanted: tuple[str, ...], rounds: int) -> dict[str, Any]:
+    """What ``wanted`` names of bare and reads; prints it, too."""
+    result: dict[str, Any] = {}
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=owner, args=(theirs, "bare" in wanted), daemon=True)
+    process.start()
+    bench = Bench(ours)
+    if "bare" in wanted:
+        result["bare"] = sweep(bench, rounds)
+        print_sweep(result["bare"])
+    if "reads" in wanted:
+        result["reads"] = reads(bench, 3 * rounds)
+        print_reads(result["reads"])
+    bench.pipe.send_bytes(b"end")
+    process.join(30)
+    return result
 
 
 if __name__ == "__main__":

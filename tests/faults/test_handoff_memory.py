@@ -32,6 +32,7 @@ from tests.faults.handoffs import (
     wait_for,
 )
 from tests.integration.asking import body
+from vllm_fleet.bench.gauges import read
 from vllm_fleet.bench.own_fleet import OwnFleet
 from vllm_fleet.bench.plain import post, scrape, total
 
@@ -60,7 +61,7 @@ def test_blocks_that_prefill_loses_while_they_are_read(fleet: OwnFleet) -> None:
     before, lost = idle(fleet), preemptions(fleet, "prefill-0")
     recomputed = counted(fleet.url("decode-0"), "recomputed")
     with ThreadPoolExecutor(12) as pool:
-        for _ in range(3):
+        for _ in range(2):
             right(asked(pool, fleet.router, [prompt_of(FULL) for _ in range(12)]))
     wait_for("prefill preempts", lambda: preemptions(fleet, "prefill-0") > lost)
     counts(fleet.url("decode-0"), "recomputed", recomputed + 1)
@@ -78,12 +79,11 @@ def test_no_blocks_left_is_a_wait_and_no_deadlock(fleet: OwnFleet, short: str) -
             for _ in range(2):  # nobody ever comes for these: they stay for a lease
                 request = {**body(prompt_of(FULL).text, max_tokens=1), "kv_transfer_params": HOLD}
                 blocking.append(pool.submit(post, f"{prefill}/v1/completions", request))
-            wait_for("prefill is full", lambda: gauge(prefill, "fleet_reserved_blocks") >= 28)
+            wait_for("prefill is full", lambda: read(fleet, "prefill-0").reserved >= 28)
         if short in ("decode", "both"):
-            endless = {**body(prompt_of(FULL).text, max_tokens=300, ignore_eos=True)}
-            blocking += [pool.submit(post, f"{decode}/v1/completions", endless) for _ in range(2)]
-            other = {**body(prompt_of(FULL).text, max_tokens=300, ignore_eos=True)}
-            blocking += [pool.submit(post, f"{decode}/v1/completions", other) for _ in range(2)]
+            for _ in range(4):
+                endless = body(prompt_of(FULL).text, max_tokens=300, ignore_eos=True)
+                blocking.append(pool.submit(post, f"{decode}/v1/completions", endless))
             wait_for("decode is full", lambda: gauge(decode, "kv_cache_usage_perc") >= 0.6)
         found = right(asked(pool, fleet.router, [prompt_of(FULL) for _ in range(32)]))
         for one in blocking:

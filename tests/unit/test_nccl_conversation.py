@@ -9,6 +9,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from vllm_fleet.wire.fabric import PoolHandle
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")
-from vllm_fleet.fabric.transports.cuda import nccl_copier, nccl_owner
+from vllm_fleet.fabric.transports.cuda import nccl_copier, nccl_owner, nccl_questions
 from vllm_fleet.fabric.transports.cuda.nccl_copier import NcclCopier, NcclDetails
 from vllm_fleet.fabric.transports.cuda.nccl_link import NcclLink, Stop
 from vllm_fleet.fabric.transports.cuda.nccl_tuning import Tuning
@@ -160,7 +161,7 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Iterator[Both]:
     for module in (nccl_copier, nccl_owner):
         monkeypatch.setattr(module, "Communicator", FakeCommunicator)
         monkeypatch.setattr(module, "Pipe", FakePipe)
-    monkeypatch.setattr(nccl_copier, "PART_RUNS_MAX", 10)
+    monkeypatch.setattr(nccl_questions, "PART_RUNS_MAX", 10)
     FakePipe.held_up.clear()
     pair = Both()
     yield pair
@@ -176,6 +177,52 @@ def test_a_read_of_several_questions(both: Both) -> None:
     for ours, theirs in zip(both.ours, both.theirs, strict=True):
         assert (ours[TARGETS] == theirs[SOURCES]).all()
         assert not np.delete(ours, TARGETS, axis=0).any()
+
+
+@pytest.mark.parametrize("blocks", [1, 30])
+def test_a_prepared_read_is_as_any_other(both: Both, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    both.open()
+    plan = both.plan(SOURCES[:blocks], TARGETS[:blocks])
+    both.copier.prepare(plan)
+    questions = Mock(side_effect=AssertionError("the question was made once more"))
+    with monkeypatch.context() as patched:
+        patched.setattr(nccl_copier, "Questions", questions)
+        both.copier.read(plan, both.cancelled)
+    for ours, theirs in zip(both.ours, both.theirs, strict=True):
+        assert (ours[TARGETS[:blocks]] == theirs[SOURCES[:blocks]]).all()
+        ours[:] = 0
+    both.copier.read(plan, both.cancelled)  # no more than one read uses it
+    assert (both.ours[0][TARGETS[:blocks]] == both.theirs[0][SOURCES[:blocks]]).all()
+
+
+def test_few_plans_are_held_and_only_for_reads(both: Both) -> None:
+    both.open()
+    plans = [both.plan([number], [number]) for number in range(nccl_copier.PREPARED_MAX + 2)]
+    for plan in plans:
+        both.copier.prepare(plan)
+    assert [one.given for one in both.copier._prepared.values()] == plans[2:]
+    both.copier.prepare(both.plan([], []))
+    outside = both.plan([1], [1])
+    both.copier.prepare(
+        BlockCopyPlan("grant", outside.region, outside.source + (1 << 40), outside.target, outside.nbytes)
+    )
+    assert len(both.copier._prepared) == nccl_copier.PREPARED_MAX
+    both.endpoint.allow_write = lambda grant, regions, offsets, nbytes: True
+    both.ours[0][plans[-1].target[0] // BLOCK_BYTES] = 7
+    both.copier.write(plans[-1], both.cancelled)
+    assert (both.theirs[0][plans[-1].target[0] // BLOCK_BYTES] == 7).all()
+
+
+def test_a_plan_outside_the_memory_costs_no_connection(both: Both) -> None:
+    both.open()
+    channel = both.copier._channel
+    inside = both.plan([1], [1])
+    for source, target in ((1 << 40, 0), (0, 1 << 40), (-(1 << 20), 0)):
+        outside = BlockCopyPlan("grant", inside.region, inside.source + source, inside.target + target, inside.nbytes)
+        with pytest.raises(TransferError, match="outside"):
+            both.copier.read(outside, both.cancelled)
+    both.copier.read(inside, both.cancelled)
+    assert both.copier._channel is channel
 
 
 def test_a_write_needs_a_grant(both: Both) -> None:

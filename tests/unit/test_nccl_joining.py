@@ -22,6 +22,8 @@ from vllm_fleet.fabric.transports.cuda.nccl_tuning import Tuning
 
 NO_DEVICE = -1
 LANES = Tuning(lanes=3)
+peers: list[threading.Thread] = []
+"""The other sides of one test."""
 
 
 class FakeNccl:
@@ -77,7 +79,10 @@ def nccl(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNccl]:
     monkeypatch.setattr(joining, "library", lambda: fake)
     monkeypatch.setattr(communicator, "library", lambda: fake)
     monkeypatch.setattr("importlib.import_module", lambda name: calls)
+    peers.clear()
     yield fake
+    for thread in peers:
+        thread.join(5)
     assert joining.settle(Deadline.after(5, "test"))
     assert not fake.alive, "a communicator was left"
     assert not fake.open_ids(), "an id was left with its thread and socket"
@@ -112,6 +117,7 @@ def peer(group_id: bytes, pause_s: float = 0.0) -> threading.Thread:
         other.give_up()
 
     thread = threading.Thread(target=work)
+    peers.append(thread)
     thread.start()
     return thread
 

@@ -37,6 +37,7 @@ class FakeCopier:
         self.held_up = threading.Event()
         self.began = threading.Semaphore(0)
         self.interrupted = 0
+        self.prepared: list[int] = []
         self.closed_after: int | None = None
         self.fails: Exception | None = None
 
@@ -54,6 +55,9 @@ class FakeCopier:
         self.done.append((int(plan.source[0]), threading.current_thread()))
 
     write = read
+
+    def prepare(self, plan: BlockCopyPlan) -> None:
+        self.prepared.append(int(plan.source[0]))
 
     def interrupt(self) -> None:
         self.interrupted += 1
@@ -181,10 +185,13 @@ def test_a_failure_is_the_transfer_s_own(made: tuple[FakeCopier, NcclLink]) -> N
 
 
 def test_a_closed_link_takes_nothing(made: tuple[FakeCopier, NcclLink]) -> None:
-    _, link = made
+    copier, link = made
     assert not link.is_closed()
+    link.prepare(plan(4))
     link.close()
     assert link.is_closed()
+    link.prepare(plan(5))
+    assert copier.prepared == [4]
     with pytest.raises(TransferError, match="closed"):
         link.read(plan(1)).wait(soon())
 
