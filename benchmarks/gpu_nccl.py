@@ -45,13 +45,10 @@ BARE_SIZES = (128 * MIB, 1024 * MIB)
 READ_SIZES = (32 * MIB, 128 * MIB, 1024 * MIB, 4096 * MIB)
 TUNINGS = (
     Tuning(15 * MIB, 4, 16, 2, programs=32),
-    Tuning(15 * MIB, 4, 16, 2, programs=64),
     Tuning(15 * MIB, 4, 16, 3, programs=32),
     Tuning(15 * MIB, 4, 16, 3, programs=64),
-    Tuning(10 * MIB, 6, 16, 3, programs=64),
-    Tuning(15 * MIB, 4, 32, 3, programs=32),
+    Tuning(15 * MIB, 4, 32, 3, programs=64),
     Tuning(20 * MIB, 3, 32, 2, programs=32),
-    Tuning(20 * MIB, 3, 32, 2, programs=64),
 )
 PREPARED = ", prepared"
 WARM = 2

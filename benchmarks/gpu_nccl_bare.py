@@ -52,16 +52,15 @@ class Way:
     copy: str = NO_COPY
     """Where the gather and scatter kernels read their rows: "pinned" host memory or "uploaded"; or no kernels."""
     programs: int = 0
-    ramp: bool = True
 
     def sizes(self, nbytes: int) -> list[int]:
-        return message_sizes(nbytes, self.chunk_mib * MIB, first=self.ramp, last=self.ramp)
+        return message_sizes(nbytes, self.chunk_mib * MIB)
 
     def __str__(self) -> str:
         parts = [f"{self.chunk_mib:2} MiB x {self.buffers}", f"{self.lanes} x {self.ctas:2} CTAs"]
         parts += ["registered"] * self.registered + ["grouped"] * self.grouped
         if self.copy != NO_COPY:
-            parts += [f"{self.copy} {self.programs}"] + ["no ramp"] * (not self.ramp)
+            parts += [f"{self.copy} {self.programs}"]
         return ", ".join(parts)
 
 
@@ -70,7 +69,7 @@ def wire_ways() -> Iterator[Way]:
     for (mib, buffers), lanes, ctas in itertools.product(LAYOUTS, range(1, LANES + 1), CTAS):
         if ctas * lanes >= 16 and lanes <= buffers:
             for registered, grouped in itertools.product((False, True), repeat=2):
-                yield Way(mib, buffers, lanes, ctas, registered, grouped, ramp=False)
+                yield Way(mib, buffers, lanes, ctas, registered, grouped)
 
 
 def full_ways() -> Iterator[Way]:
@@ -80,7 +79,6 @@ def full_ways() -> Iterator[Way]:
             continue
         for copy, grid, registered in itertools.product(("pinned", "uploaded"), (32, 64, 96), (False, True)):
             yield Way(mib, buffers, lanes, ctas, registered, False, copy, grid)
-        yield Way(mib, buffers, lanes, ctas, False, False, "pinned", 64, ramp=False)
         if lanes > 1:
             yield Way(mib, buffers, lanes, ctas, False, True, "pinned", 64)
 
@@ -115,7 +113,7 @@ class Side:
     def prepare(self, way: Way, nbytes: int, *, sending: bool) -> None:
         """Make the table of rows of one way and size: scattered blocks of the pool, and their places in the staging."""
         sizes = way.sizes(nbytes)
-        key = (way.chunk_mib, way.buffers, way.registered, way.ramp, nbytes)
+        key = (way.chunk_mib, way.buffers, way.registered, nbytes)
         if way.copy == NO_COPY or key in self._tables:
             return
         counts = np.array([size // BLOCK for size in sizes], np.int64)
@@ -193,7 +191,7 @@ class Side:
             comm.group_end()
 
     def _copy(self, way: Way, nbytes: int, index: int) -> None:
-        table, uploaded, starts = self._tables[way.chunk_mib, way.buffers, way.registered, way.ramp, nbytes]
+        table, uploaded, starts = self._tables[way.chunk_mib, way.buffers, way.registered, nbytes]
         address = table.address
         if way.copy == "uploaded":
             address = uploaded

@@ -135,7 +135,7 @@ def profile(rounds: int, tuning: Tuning) -> dict[str, Any]:
     endpoint.start()
     peer = msgspec.msgpack.decode(ours.recv_bytes(), type=PoolHandle)
     link = transport.connect(peer, Deadline.after(60, "bench"))
-    found: dict[str, Any] = {"tuning": named(tuning), "rounds": rounds}
+    found: dict[str, Any] = {"tuning": named(tuning), "rounds": rounds, "traces": {}}
     for nbytes in SIZES:
         for prepared in (False, True):
             plan = scattered(nbytes)
@@ -159,7 +159,10 @@ def profile(rounds: int, tuning: Tuning) -> dict[str, Any]:
                     both = [(f"reader  {name}", at) for name, at in own]
                     both += [(f"owner   {name}", at) for name, at in other]
                     taken.append([(name, (at - began) * 1e6) for name, at in both])
-            found[f"{nbytes // MIB} MiB{', prepared' if prepared else ''}"] = medians(taken)
+            title = f"{nbytes // MIB} MiB{', prepared' if prepared else ''}"
+            found[title] = medians(taken)
+            typical = sorted(taken, key=lambda stamps: dict(stamps)["reader  wait() returned"])[len(taken) // 2]
+            found["traces"][title] = [(name, round(at, 1)) for name, at in sorted(typical, key=lambda stamp: stamp[1])]
     ours.send_bytes(b"end")
     process.join(30)
     transport.close()

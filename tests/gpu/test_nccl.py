@@ -156,10 +156,15 @@ def test_scattered_blocks_arrive_and_nothing_else_changes(stack: ExitStack, peer
     peer, reader = peers[LARGE], reader_of(stack, LARGE)
     rng = np.random.default_rng(count)
     sources, targets = rng.permutation(64)[:count].tolist(), rng.permutation(64)[:count].tolist()
-    transfer = reader.connect(peer).read(reader.plan(sources, targets))
-    transfer.wait(soon())
-    assert transfer.done()
-    check(peer, reader, sources, targets)
+    link, plan = reader.connect(peer), reader.plan(sources, targets)
+    for prepared in (False, True):
+        if prepared:
+            reader.fill(0)
+            link.prepare(plan)
+        transfer = link.read(plan)
+        transfer.wait(soon())
+        assert transfer.done()
+        check(peer, reader, sources, targets)
 
 
 def test_a_hundred_thousand_blocks_there_and_back(stack: ExitStack, peers: Any) -> None:
@@ -360,7 +365,7 @@ def test_cancels_while_the_link_meets_again_leave_no_files(stack: ExitStack, pee
         {"chunk_bytes": 31 << 20, "buffers": 2, "lanes": 1, "ctas_max": 32},
         {"uploaded": True, "programs": 64},
         {"registered": True},
-        {"chunk_bytes": 20 << 20, "buffers": 3},
+        {"chunk_bytes": 20 << 20, "buffers": 3, "lanes": 2},
     ],
     ids=str,
 )

@@ -104,6 +104,8 @@ class FakePipe:
     def drain(self, watch: Callable[[], None]) -> None:
         watch()
 
+    await_copies = drain
+
     def abort(self) -> None:
         self.communicator.abort()
 

@@ -48,7 +48,7 @@ PAIRS = (
 
 CEILINGS = {"cma": "memcpy in one process", "memory": "memcpy in one process", "tcp": "raw TCP stream"}
 CUDA_CEILING = "contiguous peer copy"
-PREPARING = ("cuda_ipc",)
+PREPARING = ("cuda_ipc", "nccl")
 """Transports whose Link.prepare() does something: they are run without it and with it."""
 NOT_A_NUMBER = float("nan")
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import FleetError
 from vllm_fleet.fabric.contract import TransferCancelledError, TransferError
 from vllm_fleet.fabric.plan import BlockCopyPlan
-from vllm_fleet.fabric.work import Copy, WorkLink, WorkTransfer
+from vllm_fleet.fabric.work import Copier, Copy, WorkLink, WorkTransfer
 
 
 class Stop(threading.Event):
@@ -82,10 +83,25 @@ class NcclTransfer(WorkTransfer):
         return not claimed
 
 
+class Preparing(Copier, Protocol):
+    """A Copier that can do a part of a read beforehand."""
+
+    def prepare(self, plan: BlockCopyPlan) -> None:
+        """As Link.prepare(), which see."""
+        ...
+
+
 class NcclLink(WorkLink):
     """A Link whose transfers may be carried out by whoever waits for them."""
 
-    _last: NcclTransfer | None = None
+    def __init__(self, transport: str, peer: str, copier: Preparing) -> None:
+        super().__init__(transport, peer, copier)
+        self._prepare = copier.prepare
+        self._last: NcclTransfer | None = None
+
+    def prepare(self, plan: BlockCopyPlan) -> None:
+        if not self._closed:
+            self._prepare(plan)
 
     def _start(self, copy: Copy, plan: BlockCopyPlan) -> WorkTransfer:
         with self._lock:

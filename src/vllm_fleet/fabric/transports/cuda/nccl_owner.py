@@ -2,7 +2,8 @@
 
 One session for each connection: everything it holds ends with the connection, with a later communicator of the same
 pair, or when a transfer makes no progress for IDLE_S. A transfer is one conversation on the connection, in the thread
-of that connection: questions with ``more`` are answered when checked, the last one when every byte was moved.
+of that connection: questions with ``more`` are answered when checked, the last one once more when all is in the pool (a
+write) or has been read from it.
 """
 
 from __future__ import annotations
@@ -216,8 +217,8 @@ class NcclOwner:
                 session.end()
         return answer
 
-    def _converse(self, session: _Session, pipe: Pipe, question: wire.Question) -> tuple[wire.Answer, bool]:
-        """Carry out one transfer; the last answer, and whether nothing is left in the communicator."""
+    def _converse(self, session: _Session, pipe: Pipe, question: wire.Question) -> tuple[wire.Answer | None, bool]:
+        """Carry out one transfer; the last answer unless it is sent, and whether the communicator is left empty."""
         total = 0
         while True:
             assert isinstance(question, wire.NcclRead | wire.NcclWrite)
@@ -230,7 +231,7 @@ class NcclOwner:
             if nbytes > PIECES_MAX * session.chunk_bytes:
                 return wire.Denied("unsupported", f"{nbytes} bytes in one question"), total == 0
             _answer(session.channel, wire.Writing(nbytes) if write else wire.Reading(nbytes))
-            sizes = message_sizes(nbytes, session.chunk_bytes, first=total == 0, last=not question.more)
+            sizes = message_sizes(nbytes, session.chunk_bytes)
             move = pipe.receive if write else pipe.send
             for pieces in lead_and_rest(runs.addresses, runs.nbytes, sizes, ROW_BYTES_MAX):
                 move(pieces, session.watch)
@@ -238,9 +239,12 @@ class NcclOwner:
             if not question.more:
                 break
             question = _next(session.channel, type(question))
+        # Of a read it is said while the last messages are on their way: nothing looks at the pool any more.
+        (pipe.drain if write else pipe.await_copies)(session.watch)
+        moved = wire.Moved(total) if self._owned.is_current(question.pool) else wire.Denied("stale_pool")
+        _answer(session.channel, moved)
         pipe.drain(session.watch)
-        current = self._owned.is_current(question.pool)
-        return (wire.Moved(total) if current else wire.Denied("stale_pool")), True
+        return None, True
 
 
 def _answer(channel: Channel, answer: wire.Answer) -> None:

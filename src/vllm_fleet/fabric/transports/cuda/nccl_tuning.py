@@ -25,12 +25,12 @@ class Tuning:
     """Most multiprocessors that NCCL's kernel takes, in each lane. With other numbers on the two sides the first
     message fails (internal error, NCCL 2.28.9)."""
 
-    lanes: int = 2
-    """Communicators, used in turn, so that one's message may start while another's ends. Two of 16 CTAs moved 4 GiB at
-    282 GB/s, one of 32 at 234 (2 x H200, docs/benchmarks/2026-11-21-gpu-nccl.json)."""
+    lanes: int = 3
+    """Communicators, used in turn, so that one's message may start while another's ends. Messages of 1 GiB moved at
+    341 GB/s in three of 16 CTAs, 314 in two, 309 in two of 32 (2 x H200, docs/benchmarks/2026-11-21-gpu-nccl.json)."""
 
-    programs: int = 32
-    """Multiprocessors that gather or scatter, on this side."""
+    programs: int = 64
+    """Multiprocessors that gather or scatter, on this side: with 32, messages of 128 MiB moved at 258 GB/s, not 275."""
 
     registered: bool = False
     """Whether this side's staging is registered with NCCL (ncclCommRegister)."""

@@ -3,7 +3,7 @@
 A stream that copies and one for each communicator, a ring of staging buffers, events between them: while piece k is on
 the wire, piece k+1 is gathered (or piece k-1 scattered). The host enqueues and waits for nothing but its own bound on
 how far it runs ahead, and for the end, which it looks for when it may be near. Everything a piece needs is made once:
-the host's work for one is a launch, a call of NCCL and a few events.
+the host's work for one is a launch, a call of NCCL and a few events (nccl_points.py).
 
 Before a transfer starts, its two sides see to it that what is sent is complete and what is received into is unused.
 """
@@ -11,6 +11,7 @@ Before a transfer starts, its two sides see to it that what is sent is complete 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ from vllm_fleet.fabric.transports.cuda.communicator import Communicator
 from vllm_fleet.fabric.transports.cuda.joining import Watch, mapped, poll
 from vllm_fleet.fabric.transports.cuda.kernels import OCTETS, ROW_WORDS, TILE_BYTES, WARPS
 from vllm_fleet.fabric.transports.cuda.launch import Kernel, programs
+from vllm_fleet.fabric.transports.cuda.nccl_points import Point, is_quiet
 from vllm_fleet.fabric.transports.cuda.nccl_tuning import TABLE_ROWS, TABLES, TABLES_BYTES, Tuning
 from vllm_fleet.fabric.transports.cuda.pieces import Pieces
 
@@ -67,19 +69,18 @@ class Pipe:
             example = (self._tables[0].address, 1)
             self._kernel = Kernel(programs.copy_kernel, device, example, (TILE_BYTES, OCTETS), WARPS)
             self._streams = [driver.Stream(device) for _ in range(1 + communicator.lanes)]
-            self._raw = [own.cuda_stream for own in self._streams[1:]]
-            self._copying, *self._wires = (torch.cuda.ExternalStream(own.cuda_stream, device) for own in self._streams)
+            self._copying, *self._wires = (own.cuda_stream for own in self._streams)
             shape = (tuning.buffers, tuning.chunk_bytes)
             self._staging: Any = torch.empty(shape, dtype=torch.uint8, device=torch.device("cuda", device))
             torch.cuda.current_stream(device).synchronize()  # whoever used that memory before
             self._base = int(self._staging.data_ptr())
             if tuning.registered:
                 communicator.register(self._base, tuning.buffers * tuning.chunk_bytes)
-            self._between = [torch.cuda.Event() for _ in range(tuning.buffers)]
+            self._between = [Point(device) for _ in range(tuning.buffers)]
             """Of each staging buffer: gathered, or received."""
-            self._done = [torch.cuda.Event() for _ in range(AHEAD_MAX)]
+            self._done = [Point(device) for _ in range(AHEAD_MAX)]
             """Piece number n of this pipe's life is complete: entry n % AHEAD_MAX."""
-            self._read = [torch.cuda.Event() for _ in range(TABLES)]
+            self._read = [Point(device) for _ in range(TABLES)]
             """The kernels that read a table have ended."""
             self._warm_up()
         self._count = self._finished = 0
@@ -91,43 +92,41 @@ class Pipe:
     def send(self, pieces: Pieces, watch: Watch) -> None:
         """Enqueue sending all pieces; raises what ``watch`` raises, and TransferError."""
         with mapped("sending over NCCL"):
-            staging, slots = self._place(pieces)
-            copying, lanes = self._copying, len(self._wires)
-            copy = self._copier(pieces, pieces.address, staging, watch)
+            copying, wires, done, send = self._copying, self._wires, self._done, self._communicator.send
+            copy = self._copier(pieces, watch, gather=True)
             for index, size in enumerate(pieces.sizes):
-                count, slot = self._count, slots[index]
-                lane = count % lanes
-                wire = self._wires[lane]
+                count = self._count
+                slot, lane = count % self._buffers, count % len(wires)
+                wire = wires[lane]
                 self._await(count - AHEAD_MAX + 1, watch)
                 if count - self._buffers >= self._finished:
-                    self._done[(count - self._buffers) % AHEAD_MAX].wait(copying)
+                    done[(count - self._buffers) % AHEAD_MAX].hold(copying)
                 copy(index)
                 gathered = self._between[slot]
                 gathered.record(copying)
-                gathered.wait(wire)
-                self._communicator.send(self._base + slot * self._chunk_bytes, size, self._raw[lane], lane)
-                self._done[count % AHEAD_MAX].record(wire)
+                gathered.hold(wire)
+                send(self._base + slot * self._chunk_bytes, size, wire, lane)
+                done[count % AHEAD_MAX].record(wire)
                 self._enqueued(size)
 
     def receive(self, pieces: Pieces, watch: Watch) -> None:
         """Enqueue receiving all pieces into their runs; errors as of send()."""
         with mapped("receiving over NCCL"):
-            staging, slots = self._place(pieces)
-            copying, lanes = self._copying, len(self._wires)
-            copy = self._copier(pieces, staging, pieces.address, watch)
+            copying, wires, done, receive = self._copying, self._wires, self._done, self._communicator.receive
+            copy = self._copier(pieces, watch, gather=False)
             for index, size in enumerate(pieces.sizes):
-                count, slot = self._count, slots[index]
-                lane = count % lanes
-                wire = self._wires[lane]
+                count = self._count
+                slot, lane = count % self._buffers, count % len(wires)
+                wire = wires[lane]
                 self._await(count - AHEAD_MAX + 1, watch)
                 if count - self._buffers >= self._finished:
-                    self._done[(count - self._buffers) % AHEAD_MAX].wait(wire)
-                self._communicator.receive(self._base + slot * self._chunk_bytes, size, self._raw[lane], lane)
+                    done[(count - self._buffers) % AHEAD_MAX].hold(wire)
+                receive(self._base + slot * self._chunk_bytes, size, wire, lane)
                 received = self._between[slot]
                 received.record(wire)
-                received.wait(copying)
+                received.hold(copying)
                 copy(index)
-                self._done[count % AHEAD_MAX].record(copying)
+                done[count % AHEAD_MAX].record(copying)
                 self._enqueued(size)
 
     def exchange(self, pattern: bytes, watch: Watch) -> bytes:
@@ -140,16 +139,16 @@ class Pipe:
         return next((other for other in came if other != pattern), pattern)
 
     def _exchange(self, pattern: bytes, lane: int, watch: Watch) -> bytes:
-        nbytes = len(pattern)
-        with mapped("connecting over NCCL"), torch.cuda.stream(self._wires[lane]):
+        nbytes, wire = len(pattern), self._wires[lane]
+        with mapped("connecting over NCCL"), torch.cuda.stream(torch.cuda.ExternalStream(wire, self._device)):
             sent, received = self._staging[0], self._staging[1]
             sent[:nbytes].copy_(torch.frombuffer(bytearray(pattern), dtype=torch.uint8))
             received.zero_()
             deadline = Deadline.after(IDLE_S, IDLE_SETTING)
             # A whole chunk: NCCL chooses its protocol and its connections by the size.
-            places = sent.data_ptr(), received.data_ptr(), self._chunk_bytes, self._raw[lane]
+            places = sent.data_ptr(), received.data_ptr(), self._chunk_bytes, wire
             self._communicator.exchange(*places, watch, deadline, lane)
-            self._done[self._count % AHEAD_MAX].record(self._wires[lane])
+            self._done[self._count % AHEAD_MAX].record(wire)
             self._enqueued(0)
             self.drain(watch)
             return bytes(received[:nbytes].cpu().numpy().tobytes())
@@ -158,6 +157,12 @@ class Pipe:
         """Wait until all pieces are complete. DeadlineExceeded when none completes for IDLE_S."""
         with mapped("moving bytes over NCCL"):
             self._await(self._count, watch, self._due)
+
+    def await_copies(self, watch: Watch) -> None:
+        """Wait until what send() enqueued has been read from the pool. DeadlineExceeded when it takes IDLE_S."""
+        if self._finished < self._count:
+            with mapped("moving bytes over NCCL"):
+                self._wait(self._between[(self._count - 1) % self._buffers], watch, self._due)
 
     def abort(self) -> None:
         """End everything in flight, free the communicator and the staging. Safe to call twice.
@@ -173,7 +178,7 @@ class Pipe:
         deadline = Deadline.after(DRAIN_S, "fabric.transports.cuda.pipe.DRAIN_S")
         try:
             for stream in (*self._wires, self._copying):
-                poll(_quiet(stream), lambda: None, deadline, "the GPU", "ending NCCL's kernels")
+                poll(functools.partial(is_quiet, stream), lambda: None, deadline, "the GPU", "ending NCCL's kernels")
         except FleetError as error:
             raise TransferError(f"memory of an aborted transfer may still be written: {error}") from error
         self._staging = None
@@ -183,6 +188,8 @@ class Pipe:
                 table.close()
             while self._uploads:
                 driver.free(self._device, self._uploads.pop())
+            for point in (*self._between, *self._done, *self._read):
+                point.close()
             for own in self._streams:
                 own.close()
 
@@ -190,34 +197,39 @@ class Pipe:
         """Load the kernel and make the events now: loading may wait for kernels that run, which wait for a peer."""
         self._rows[0][0] = (self._base, self._base + self._chunk_bytes, 16, 0)
         for grid in range(1, self._programs + 1):
-            self._kernel(grid, self._streams[0].cuda_stream, (self._tables[0].address, 1))
-        for event in (*self._between, *self._done, *self._read):
-            event.record(self._copying)
-        self._copying.synchronize()
+            self._kernel(grid, self._copying, (self._tables[0].address, 1))
+        for point in (*self._between, *self._done, *self._read):
+            point.record(self._copying)
+        self._streams[0].synchronize()
 
     def _enqueued(self, nbytes: int) -> None:
         self._count += 1
         self._due = max(self._due, time.monotonic()) + nbytes / BYTES_PER_S
 
-    def _place(self, pieces: Pieces) -> tuple[Ints, list[int]]:
-        """The staging address of each row, and the staging buffer of each piece."""
-        slots = (self._count + np.arange(len(pieces))) % self._buffers
-        begins = self._base + slots * self._chunk_bytes
-        return pieces.within + np.repeat(begins, np.diff(pieces.starts)), slots.tolist()
+    def _staged(self, pieces: Pieces) -> Ints:
+        """The staging address of each row of pieces that are enqueued from now on."""
+        if len(pieces) == 1:
+            return pieces.within + (self._base + self._count % self._buffers * self._chunk_bytes)
+        begins = self._base + (self._count + np.arange(len(pieces))) % self._buffers * self._chunk_bytes
+        return pieces.within + np.repeat(begins, np.diff(pieces.starts))
 
-    def _copier(self, pieces: Pieces, sources: Ints, targets: Ints, watch: Watch) -> Callable[[int], None]:
-        """A function that starts copying the rows of one piece; called for each in order."""
+    def _copier(self, pieces: Pieces, watch: Watch, *, gather: bool) -> Callable[[int], None]:
+        """A function that starts gathering (or scattering) the rows of one piece; called for each in order."""
         starts = pieces.starts.tolist()
-        kernel, stream, most = self._kernel, self._streams[0].cuda_stream, self._programs
+        kernel, stream, most = self._kernel, self._copying, self._programs
         filled, offset = 0, 0  # rows put into tables, and which of them is first in the present one
+        staged: Ints | None = None  # made when the first message is on its way
 
         def copy(index: int) -> None:
-            nonlocal filled, offset
+            nonlocal filled, offset, staged
             row, end = starts[index], starts[index + 1]
             while row < end:
                 if row == filled:
-                    offset, filled = row, min(row + TABLE_ROWS, len(sources))
-                    self._fill(sources[offset:filled], targets[offset:filled], pieces.nbytes[offset:filled], watch)
+                    staged = self._staged(pieces) if staged is None else staged
+                    offset, filled = row, min(row + TABLE_ROWS, len(staged))
+                    pooled, staging = pieces.address[offset:filled], staged[offset:filled]
+                    sources, targets = (pooled, staging) if gather else (staging, pooled)
+                    self._fill(sources, targets, pieces.nbytes[offset:filled], watch)
                 count = min(end, filled) - row
                 address = self._table(self._turn) + (row - offset) * _FULL_ROW_BYTES
                 kernel(min(count, most), stream, (address, count))
@@ -234,8 +246,8 @@ class Pipe:
         rows[:, 0], rows[:, 1], rows[:, 2] = sources, targets, nbytes
         self._turn = turn
         if self._uploads:
-            stream = self._streams[0].cuda_stream
-            driver.copy_in(self._uploads[turn], self._tables[turn].address, len(rows) * _FULL_ROW_BYTES, stream)
+            content, table_bytes = self._tables[turn].address, len(rows) * _FULL_ROW_BYTES
+            driver.copy_in(self._uploads[turn], content, table_bytes, self._copying)
 
     def _table(self, turn: int) -> int:
         """The address at which the kernels read a table."""
@@ -250,9 +262,9 @@ class Pipe:
             self._wait(self._done[self._finished % AHEAD_MAX], watch, due)
             self._finished += 1
 
-    def _wait(self, event: Any, watch: Watch, due: float = 0.0) -> None:
-        """Wait for one event, of which the host knows that it will come."""
-        if event.query():
+    def _wait(self, point: Point, watch: Watch, due: float = 0.0) -> None:
+        """Wait for one point, of which the host knows that it will come."""
+        if point.passed():
             return
 
         def both() -> None:
@@ -261,14 +273,4 @@ class Pipe:
 
         expected_s = max(0.0, due - time.monotonic())
         idle = Deadline.after(IDLE_S, IDLE_SETTING)
-        poll(event.query, both, idle, "the peer", "moving bytes over NCCL", expected_s)
-
-
-def _quiet(stream: Any) -> Callable[[], bool]:
-    def quiet() -> bool:
-        try:
-            return bool(stream.query())
-        except RuntimeError:  # CUDA failed: nothing runs in this context any more
-            return True
-
-    return quiet
+        poll(point.passed, both, idle, "the peer", "moving bytes over NCCL", expected_s)
