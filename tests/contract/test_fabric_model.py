@@ -48,8 +48,8 @@ def test_plans_move_what_the_model_moves(bench: Bench, write: bool) -> None:
         for region, start, to, length in runs:
             wanted[region][to : to + length] = source[region][start : start + length]
         table = np.array(runs, np.int64).reshape(-1, 4) * np.array([1, unit, unit, unit], np.int64)
-        region, source_at, target_at, nbytes = (np.ascontiguousarray(table[:, column]) for column in range(4))
-        plan = BlockCopyPlan("grant", region, source_at, target_at, nbytes)
+        regions, sources, targets, sizes = (np.ascontiguousarray(table[:, column]) for column in range(4))
+        plan = BlockCopyPlan("grant", regions, sources, targets, sizes)
         transfer = link.write(plan) if write else link.read(plan)
         transfer.wait(Deadline.after(10, "test"))
         assert same(peer.content() if write else reader.memory.read_back(), wanted)

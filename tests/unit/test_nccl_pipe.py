@@ -27,7 +27,7 @@ from vllm_fleet.core.errors import DeadlineExceeded
 from vllm_fleet.fabric.contract import TransferCancelledError
 from vllm_fleet.fabric.transports.cuda import pipe as pipe_module
 from vllm_fleet.fabric.transports.cuda.nccl_pieces import lead_and_rest, message_sizes
-from vllm_fleet.fabric.transports.cuda.nccl_tuning import Tuning
+from vllm_fleet.fabric.transports.cuda.nccl_tuning import TABLES, Tuning
 from vllm_fleet.fabric.transports.cuda.pipe import Pipe
 
 BLOCK, CHUNK = 96, 1024
@@ -231,7 +231,7 @@ def test_every_byte_arrives_in_any_order_of_the_streams(
         pipe.abort()
         pipe.abort()
     assert not ends.world.on_device
-    assert ends.world.given_back == 2 * (1 + lanes + buffers + pipe_module.AHEAD_MAX + pipe_module.TABLES)
+    assert ends.world.given_back == 2 * (1 + lanes + buffers + pipe_module.AHEAD_MAX + TABLES)
 
 
 def test_nothing_is_written_after_an_abort(monkeypatch: pytest.MonkeyPatch) -> None:
