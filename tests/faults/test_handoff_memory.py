@@ -118,10 +118,10 @@ def test_a_client_that_leaves_during_a_load_harms_nobody(fleet: OwnFleet) -> Non
         return False
 
     left = 0
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(2) as pool:
         for _ in range(20):
             left += asyncio.run(leave(rng.uniform(0.01, 0.3)))
-            right(asked(pool, fleet.router, [prompt_of(FULL) for _ in range(4)]))
+            right(asked(pool, fleet.router, [prompt_of(FULL) for _ in range(2)]))
     assert left >= 10
     holds_nothing(fleet, before)
 

@@ -23,7 +23,7 @@ IDLE = Gauges(0.25, 0, 0, 0, 0, 0, 100, 50)
 
 
 def ended(outcome: Outcome, began_s: float = 12.0, ended_s: float = 16.0, decode: str | None = "decode-0") -> Ended:
-    return Ended(outcome, began_s, ended_s, decode)
+    return Ended("r", outcome, began_s, ended_s, decode)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ from vllm_fleet.launcher.up import check
 from vllm_fleet.net.control_client import ControlClient
 from vllm_fleet.wire.control import Member
 
-PROOF_S = 5.0
-"""How soon after a signal every process of the victim must show its effect."""
+PROOF_S = 30.0
+"""How soon after a signal every process of the victim must show its effect: giving GiBs back takes seconds on a busy
+machine."""
 CALL_S = 5.0
 TURN_S = 0.05
 
