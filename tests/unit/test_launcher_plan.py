@@ -111,6 +111,7 @@ def test_an_instance_on_a_cpu() -> None:
             "hold_s": 120.0,
             "load_s": 10.0,
             "prefill_s": 120.0,
+            "load": "quicker",
         },
     }
     assert spec.argv[11:] == (
