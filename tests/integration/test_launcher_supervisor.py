@@ -235,6 +235,7 @@ def test_a_dead_instance_is_gone_a_dead_router_comes_back(launch: Launch) -> Non
                 "url": after.processes[2].url,
                 "pid": pids(before)["both-0"].pid,
                 "state": "gone",
+                "computes_below_tokens": {},
             }
         ],
     }

@@ -67,7 +67,7 @@ def test_status_and_logs_from_another_terminal(cma_fleet: RunningFleet) -> None:
     status = cma_fleet.status()
     assert set(status) == {"router", "controller", "instances"}
     for instance in status["instances"]:
-        assert set(instance) == {"name", "role", "url", "pid", "state"}
+        assert set(instance) == {"name", "role", "url", "pid", "state", "computes_below_tokens"}
         assert instance["state"] == "ready"
         assert psutil.pid_exists(instance["pid"])
     assert [instance["role"] for instance in status["instances"]] == ["prefill", "decode"]
