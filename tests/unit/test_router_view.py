@@ -361,3 +361,19 @@ def test_an_instance_that_does_both_is_told_of_no_transfer() -> None:
     run = handoff(view_of(with_workers(member("b", "both")), member("p", "prefill", "suspect")))
     assert sent_to(run.start(0.0), "decode") == "b"
     assert not run.handed_off
+
+
+def test_the_last_instance_is_asked_again_though_it_refused_a_connection() -> None:
+    view = FleetView()
+    view.apply(Snapshot("c", 1, (member("d", "decode"),)), 0.0)
+    request = parse_request(Route.COMPLETIONS, b'{"prompt": "x", "max_tokens": 1}')
+    handoff = Handoff(request, view, LeastLoad(), LeastLoad())
+    step = handoff.start(0.0)
+    asked = 0
+    while isinstance(step, Send):
+        asked += 1
+        view.mark_down(step.member, 0.0)
+        assert view.decodes(0.0) == []
+        step = handoff.on_decode_failure("refused", 0.0)
+    assert isinstance(step, Fail)
+    assert asked == limits.DECODE_ATTEMPTS_MAX

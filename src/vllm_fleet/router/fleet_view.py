@@ -101,6 +101,10 @@ class FleetView:
             if member.state == "ready" and not self.is_down(member.name, now):
                 yield member
 
+    def left_alone(self, now: float) -> list[Member]:
+        """Members that are ready, but refused a connection a short while ago; for when nobody else is left."""
+        return [m for m in self.members() if m.state == "ready" and self.is_down(m.name, now)]
+
     # What this router saw ------------------------------------------------------------------------------------------
 
     def in_flight(self, name: str) -> int:

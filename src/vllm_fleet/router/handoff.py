@@ -222,7 +222,9 @@ class Handoff:
             self._params, self.outcome = None, "skipped:no_pair"
         last_resort = [member for member in self._view.ready(now) if member.name not in self._tried]
         again = [member for member in decodes if member.name in self._lost]
-        for members in (fresh, last_resort, again):
+        # A connection may have failed because this router was busy: better to ask again than to give up.
+        left_alone = [member for member in self._view.left_alone(now) if member.role != "prefill"]
+        for members in (fresh, last_resort, again, left_alone):
             if members:
                 return self._send_decode(_choose(self._decode_policy, self._view, members))
         return Fail(problem.no_instance())
