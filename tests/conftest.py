@@ -82,21 +82,23 @@ class SharedFleets:
     def __init__(self, factory: pytest.TempPathFactory) -> None:
         self._factory = factory
         self._stack = ExitStack()
-        self._transport: str | None = None
+        self._key: str | None = None
         self._running: RunningFleet | None = None
 
     def get(self, transport: str) -> RunningFleet:
         """The fleet whose links are of this transport."""
-        if self._running is None or self._transport != transport:
+        config = f"fabric: {{transports: [{transport}]}}\nrouter: {{handoff: {HANDOFFS[transport]}}}\n"
+        return self.configured(transport, f"{config}handoff: {{load: always}}\n")
+
+    def configured(self, key: str, config: str) -> RunningFleet:
+        """The fleet of this fleet.yaml, which ``key`` names."""
+        if self._running is None or self._key != key:
             self.stop()
-            home = self._factory.mktemp(transport)
-            config = home / "fleet.yaml"
-            config.write_text(
-                f"fabric: {{transports: [{transport}]}}\nrouter: {{handoff: {HANDOFFS[transport]}}}\n"
-                "handoff: {load: always}\n"
-            )
-            self._running = self._stack.enter_context(running_fleet(home, "--config", str(config)))
-            self._transport = transport
+            home = self._factory.mktemp(key)
+            file = home / "fleet.yaml"
+            file.write_text(config)
+            self._running = self._stack.enter_context(running_fleet(home, "--config", str(file)))
+            self._key = key
         return self._running
 
     def stop(self) -> None:
@@ -132,6 +134,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("vllm") is None:
             return 0
         text = f"{item.name} {' '.join(getattr(item, 'fixturenames', ()))}"
-        return 1 if "cma" in text else 2 if "tcp" in text else 3
+        return 1 if "cma" in text else 2 if "tcp" in text else 3 if "many" in text else 4
 
     items.sort(key=group)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import MODEL, RunningFleet, SharedFleets, running_fleet
+from tests.conftest import MODEL, RunningFleet, SharedFleets
 from tests.integration.asking import Answer, ask_all, body
 from vllm_fleet.bench.plain import plain_instance, post, scrape, total
 from vllm_fleet.bench.recall import facts_for_tokens, make_prompt, prompt_tokens
@@ -96,21 +94,16 @@ def settled(urls: list[str], outcome: str, at_least: float, seconds: float = 10.
 
 
 @pytest.fixture(params=["streamed 1-2", "streamed 2-1", "sequential 2-2"])
-def cut_fleet(
-    request: pytest.FixtureRequest, shared_fleets: SharedFleets, tmp_path: Path, reference: Reference
-) -> Iterator[RunningFleet]:
+def cut_fleet(request: pytest.FixtureRequest, shared_fleets: SharedFleets, reference: Reference) -> RunningFleet:
     """Prefill and decode of these tensor-parallel sizes, prompts computed in chunks of 256 tokens."""
-    shared_fleets.stop()
     mode, sizes = request.param.split()
     prefill, decode = sizes.split("-")
-    config = tmp_path / "fleet.yaml"
-    config.write_text(
+    return shared_fleets.configured(
+        f"{mode}-{sizes}",
         f"vllm_args: [{CHUNK}]\nrouter: {{handoff: {mode}}}\n"
         f'prefill_args: [-tp, "{prefill}"]\ndecode_args: [-tp, "{decode}"]\n'
-        "handoff: {prefill_s: 300, load_s: 60, load: always}\n"
+        "handoff: {prefill_s: 300, load_s: 60, load: always}\n",
     )
-    with running_fleet(tmp_path, "--config", str(config)) as running:
-        yield running
 
 
 def test_unequal_tensor_parallel_sizes(cut_fleet: RunningFleet, reference: Reference) -> None:
@@ -121,19 +114,12 @@ def test_unequal_tensor_parallel_sizes(cut_fleet: RunningFleet, reference: Refer
     assert counted([cut_fleet.decode], "recomputed") == 0
 
 
-@pytest.fixture(scope="module")
-def many(
-    shared_fleets: SharedFleets, tmp_path_factory: pytest.TempPathFactory, reference: Reference
-) -> Iterator[RunningFleet]:
+@pytest.fixture
+def many(shared_fleets: SharedFleets, reference: Reference) -> RunningFleet:
     """Two prefill and two decode instances."""
-    shared_fleets.stop()
-    home = tmp_path_factory.mktemp("many")
-    config = home / "fleet.yaml"
-    config.write_text(
-        f"prefill: 2\ndecode: 2\nvllm_args: [{CHUNK}, --max-model-len=16384]\nhandoff: {{load: always}}\n"
+    return shared_fleets.configured(
+        "many", f"prefill: 2\ndecode: 2\nvllm_args: [{CHUNK}, --max-model-len=16384]\nhandoff: {{load: always}}\n"
     )
-    with running_fleet(home, "--config", str(config)) as running:
-        yield running
 
 
 def decodes(fleet: RunningFleet) -> list[str]:
