@@ -102,7 +102,7 @@ def cut_fleet(request: pytest.FixtureRequest, shared_fleets: SharedFleets, refer
         f"{mode}-{sizes}",
         f"vllm_args: [{CHUNK}]\nrouter: {{handoff: {mode}}}\n"
         f'prefill_args: [-tp, "{prefill}"]\ndecode_args: [-tp, "{decode}"]\n'
-        "handoff: {prefill_s: 300, load_s: 60, load: always}\n",
+        "handoff: {lease_s: 300, prefill_s: 300, load_s: 60, load: always}\n",
     )
 
 
@@ -118,7 +118,9 @@ def test_unequal_tensor_parallel_sizes(cut_fleet: RunningFleet, reference: Refer
 def many(shared_fleets: SharedFleets, reference: Reference) -> RunningFleet:
     """Two prefill and two decode instances."""
     return shared_fleets.configured(
-        "many", f"prefill: 2\ndecode: 2\nvllm_args: [{CHUNK}, --max-model-len=16384]\nhandoff: {{load: always}}\n"
+        "many",
+        f"prefill: 2\ndecode: 2\nvllm_args: [{CHUNK}, --max-model-len=16384]\n"
+        "handoff: {load: always, lease_s: 120}\n",
     )
 
 
