@@ -88,7 +88,7 @@ class SharedFleets:
     def get(self, transport: str) -> RunningFleet:
         """The fleet whose links are of this transport."""
         config = f"fabric: {{transports: [{transport}]}}\nrouter: {{handoff: {HANDOFFS[transport]}}}\n"
-        return self.configured(transport, f"{config}handoff: {{load: always, lease_s: 120}}\n")
+        return self.configured(transport, f"{config}handoff: {{load: always}}\n")
 
     def configured(self, key: str, config: str) -> RunningFleet:
         """The fleet of this fleet.yaml, which ``key`` names."""

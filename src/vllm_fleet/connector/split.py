@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_fleet.connector.intake import PeerLoad
 from vllm_fleet.connector.jobs import LoadJob
@@ -45,19 +45,11 @@ def split_load(job: LoadJob, own: Ranks, rank: int, block_bytes: set[int]) -> li
     for share in shares(ours, rank, peers):
         readers = [r for r in range(own.ranks) if any(s.peer_rank == share.peer_rank for s in shares(ours, r, peers))]
         whole = share.heads == ours.heads_per_rank == peers.heads_per_rank
-        part = PeerLoad(
-            job.request,
-            job.transfer,
-            job.engine,
-            job.prompt,
-            job.tokens,
-            own.block_tokens,
-            job.blocks,
-            job.skip,
-            job.streamed,
-            readers.index(rank),
-            len(readers),
-            None if whole else slices(ours, peers, share),
+        part = replace(
+            _part(job, own),
+            reader=readers.index(rank),
+            readers=len(readers),
+            slices=None if whole else slices(ours, peers, share),
         )
         parts.append((job.workers[share.peer_rank], part))
     return parts
@@ -86,6 +78,7 @@ def unread_ranks(own: Ranks, theirs: int) -> list[int]:
 
 
 def _part(job: LoadJob, own: Ranks) -> PeerLoad:
+    """A load as one part that takes whole blocks."""
     return PeerLoad(
         job.request,
         job.transfer,
