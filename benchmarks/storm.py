@@ -1,6 +1,7 @@
 """A long storm: thousands of requests while every instance is killed, started again, stopped and continued.
 
     make storm ARGS="--requests 2000 --out storm.json"
+    make storm ARGS="--requests 10000 --per-s 20 --rounds 0 --faults-rate 0.05 --faults-every 7"   # failing transfers
 
 Controller, router, prefill and decode instances of the demo model on this machine. Every request has a known answer;
 a fifth of the clients leave at a random moment. Exit code 1 where anything went wrong: a wrong answer, an error that no
@@ -30,13 +31,20 @@ HANDOFF = {"lease_s": 5, "hold_s": 10, "load_s": 5, "prefill_s": 30}
 """Shorter than the defaults, so that leases end within the storm."""
 
 
-def config(prefill: int, decode: int, deadline_s: float) -> FleetConfig:
-    """The fleet that the storm goes over."""
+FAULTS = ("cut", "truncate", "corrupt", "delay", "reorder")
+
+
+def config(
+    prefill: int, decode: int, deadline_s: float, *, faults_rate: float = 0.0, faults_every: int = 0
+) -> FleetConfig:
+    """The fleet that the storm goes over; transfers of such a share, and one in so many, go wrong."""
+    faulty = {"checksums": "full", "faults": {"rate": faults_rate, "every": faults_every, "kinds": FAULTS}}
     tree = {
         "model": str(MODEL),
         "prefill": prefill,
         "decode": decode,
         "handoff": HANDOFF,
+        "fabric": faulty if faults_rate or faults_every else {},
         "router": {"port": 0, "request_timeout_s": deadline_s},
         "vllm_args": ["--max-model-len=4096", "--max-num-batched-tokens=512"],  # chunks: decode reads in the middle
     }
@@ -71,6 +79,8 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--per-s", type=float, default=6.0, help="requests a second, in bursts")
     parser.add_argument("--deadline-s", type=float, default=60.0)
+    parser.add_argument("--faults-rate", type=float, default=0.0, help="share of transfers that go wrong")
+    parser.add_argument("--faults-every", type=int, default=0, help="one in so many transfers goes wrong")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logs", type=Path, default=None, help="keep the fleet's run folder and its logs here")
     parser.add_argument("--out", type=Path, default=None, help="write the JSON here")
@@ -78,7 +88,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the fleet is ended, too
     machine = facts()
     with tempfile.TemporaryDirectory(prefix="fleet-storm-") as folder:
-        fleet = OwnFleet(config(args.prefill, args.decode, args.deadline_s), args.logs or Path(folder))
+        wanted_fleet = config(
+            args.prefill,
+            args.decode,
+            args.deadline_s,
+            faults_rate=args.faults_rate,
+            faults_every=args.faults_every,
+        )
+        fleet = OwnFleet(wanted_fleet, args.logs or Path(folder))
         fleet.start()
         try:
             wanted = storm.Storm(
@@ -88,6 +105,7 @@ def main() -> None:
                 per_s=args.per_s,
                 deadline_s=args.deadline_s,
                 seed=args.seed,
+                recomputes=bool(args.faults_rate or args.faults_every),
             )
             report = storm.run(fleet, wanted)
         finally:

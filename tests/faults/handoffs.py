@@ -29,7 +29,7 @@ _seeds = itertools.count(int.from_bytes(secrets.token_bytes(4)))  # no prompt tw
 
 
 @contextmanager
-def broken_fleet(home: Path, odd_decode_args: Sequence[str] = (), **settings: Any) -> Iterator[OwnFleet]:
+def broken_fleet(home: Path, *, odd_decode_args: Sequence[str] = (), **settings: Any) -> Iterator[OwnFleet]:
     """A fleet of the demo model with short leases. ``odd_decode_args`` are the last decode instance's alone."""
     router = {"port": 0, "request_timeout_s": 60.0}
     tree = {"model": str(MODEL), "handoff": LEASES, "router": router, **settings}
@@ -39,9 +39,17 @@ def broken_fleet(home: Path, odd_decode_args: Sequence[str] = (), **settings: An
         fleet.specs[last] = replace(fleet.specs[last], argv=(*fleet.specs[last].argv, *odd_decode_args))
     fleet.start()
     try:
+        warm(fleet, fleet.instances())
         yield fleet
     finally:
         fleet.close()
+
+
+def warm(fleet: OwnFleet, names: Sequence[str]) -> None:
+    """An instance's first forward pass compiles: up to 40 s on a busy machine, which no fault of ours should meet."""
+    with ThreadPoolExecutor(len(names)) as pool:
+        for answered in [pool.submit(ask, fleet.url(name), prompt_of(300)) for name in names]:
+            answered.result(130.0)
 
 
 def prompt_of(tokens: int) -> RecallPrompt:
@@ -96,7 +104,7 @@ def gauge(url: str, name: str) -> float:
     return total(scrape(url), f"vllm:{name}")
 
 
-def wait_for(what: str, check: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_for(what: str, check: Callable[[], bool], seconds: float = 30.0) -> None:
     """Wait until ``check()`` is true."""
     until = time.monotonic() + seconds
     while not check():

@@ -48,7 +48,9 @@ def fleet(shared_fleets: SharedFleets, tmp_path_factory: pytest.TempPathFactory)
     """One prefill, one decode like it, and one decode that keeps its KV in another type."""
     shared_fleets.stop()
     args = {"vllm_args": SMALL, "prefill_args": GREEDY}
-    with broken_fleet(tmp_path_factory.mktemp("memory"), ["--dtype=float32"], prefill=1, decode=2, **args) as running:
+    odd = ["--dtype=float32"]
+    home = tmp_path_factory.mktemp("memory")
+    with broken_fleet(home, odd_decode_args=odd, prefill=1, decode=2, **args) as running:
         yield running
 
 

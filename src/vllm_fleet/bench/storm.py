@@ -54,6 +54,8 @@ class Storm:
     deadline_s: float = 60.0
     """router.request_timeout_s of the fleet."""
     seed: int = 0
+    recomputes: bool = False
+    """The fleet makes transfers fail (``fabric.faults``): unless some were recomputed the run is invalid."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,9 @@ class _Run:
             rounds.append(gauges.settle(self._fleet, before)[0])
         report.problems += gauges.growth(rounds[0], rounds[1], SLACK)
         report.after, report.counters = _plain(rounds[1]), gauges.counters(self._fleet)
+        recomputed = sum(found["recomputed"] for found in report.counters.values())
+        if self._storm.recomputes and not recomputed:
+            report.problems.append("invalid: no transfer failed, though fabric.faults was to make some fail")
 
 
 def excuse(ended: Ended, away: Sequence[Away], decodes: Sequence[str]) -> str:

@@ -11,11 +11,21 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vllm_fleet.core.errors import ConfigError
-from vllm_fleet.wire.names import ChecksumMode, Name, Role, TransportName, Url
+from vllm_fleet.wire.names import ChecksumMode, FaultKind, Name, Role, TransportName, Url
 
 TOKEN_BYTES_MIN = 32
 
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
+
+
+class FabricFaults(Struct, frozen=True, forbid_unknown_fields=True):
+    """Faults that the fabric makes on purpose; see config.fleet.FaultsConfig."""
+
+    rate: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    every: Annotated[int, Meta(ge=0)] = 0
+    kinds: tuple[FaultKind, ...] = ("cut",)
+    delay_s: Annotated[float, Meta(ge=0, le=3600)] = 0.1
+    seed: int = 0
 
 
 class ConnectorSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,6 +42,7 @@ class ConnectorSettings(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     transports: tuple[TransportName, ...] = ("auto",)
     checksums: ChecksumMode = "sampled"
+    faults: FabricFaults | None = None
     lease_s: Seconds = 30.0
     hold_s: Seconds = 120.0
     load_s: Seconds = 10.0

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from vllm_fleet.core import limits
-from vllm_fleet.wire.names import ChecksumMode, TransportName
+from vllm_fleet.wire.names import ChecksumMode, FaultKind, TransportName
 
 
 class Part(BaseModel):
@@ -75,6 +75,21 @@ class ConnectorConfig(Part):
     )
 
 
+class FaultsConfig(Part):
+    """Faults that the fabric makes on purpose, to rehearse what a fleet does about them. Never where users are."""
+
+    rate: float = Field(0.0, ge=0, le=1, description="share of transfers that fail, drawn at random")
+    every: int = Field(0, ge=0, le=10**9, description="one in so many transfers fails; 0: none")
+    kinds: tuple[FaultKind, ...] = Field(
+        ("cut",),
+        min_length=1,
+        description="how they fail, in turn: cut, delay, reorder, refuse (no connection), truncate, corrupt;"
+        " the last two claim success, so they need fabric.checksums: full",
+    )
+    delay_s: float = Field(0.1, ge=0, le=3600, description="how long a delayed transfer waits")
+    seed: int = Field(0, description="the same seed draws the same transfers")
+
+
 class FabricConfig(Part):
     """All that moves bytes between workers."""
 
@@ -87,6 +102,7 @@ class FabricConfig(Part):
     checksums: ChecksumMode = Field(
         "sampled", description="which KV that arrives is compared with its owner's: off, sampled or full"
     )
+    faults: FaultsConfig = FaultsConfig()
 
 
 class LauncherConfig(Part):

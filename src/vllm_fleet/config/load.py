@@ -85,6 +85,7 @@ def load(
     config = _validated(given)
     _check_counts(config)
     check_connector(config)
+    _check_faults(config)
     model = given["model"]
     resolved = _resolve_model(config.model, folder if model.folder is None else model.folder)
     if resolved != config.model:
@@ -235,11 +236,11 @@ def _default(key: str) -> Any:
 def _validated(given: Mapping[str, Given]) -> FleetConfig:
     tree: dict[str, Any] = {}
     for key, one in given.items():
-        parent, _, name = key.partition(".") if key.startswith("env.") else key.rpartition(".")
-        if parent:
-            tree.setdefault(parent, {})[name] = one.value
-        elif key:
-            tree[key] = one.value
+        *parents, name = key.split(".", 1) if key.startswith("env.") else key.split(".")
+        part = tree
+        for parent in parents:
+            part = part.setdefault(parent, {})
+        part[name] = one.value
     if "model" not in tree:
         raise ConfigError("model is not set; give --model FOLDER, or 'model: FOLDER' in fleet.yaml")
     for key, one in given.items():
@@ -279,6 +280,15 @@ def _check_plain(key: str, one: Given) -> None:
             raise ConfigError(f"{where}: the number is too large")
         elif value is not None and not isinstance(value, int | float):
             raise ConfigError(f"{where}: found {found(value)}; put it in quotes if it is meant as text")
+
+
+def _check_faults(config: FleetConfig) -> None:
+    lies = [kind for kind in config.fabric.faults.kinds if kind in ("truncate", "corrupt")]
+    if lies and config.fabric.checksums != "full":
+        raise ConfigError(
+            f"fabric.faults.kinds: {lies[0]} claims success, and only fabric.checksums: full finds each of them; "
+            "set that, or leave it out"
+        )
 
 
 def _check_counts(config: FleetConfig) -> None:

@@ -23,6 +23,7 @@ from vllm_fleet.core.errors import BadRequest
 from vllm_fleet.fabric import integrity
 from vllm_fleet.fabric.contract import Transport
 from vllm_fleet.fabric.endpoint import Endpoint
+from vllm_fleet.fabric.faults import rehearsal
 from vllm_fleet.fabric.select import LinkSelector, register_all
 from vllm_fleet.net import sockets
 from vllm_fleet.net.channel import Channel, Credentials
@@ -68,7 +69,9 @@ class WorkerSide:
         self._holder.use_pool(pool)
         self._publisher = Publisher(self._holder, pool.cuda)
         integrity.serve(self._endpoint)
-        self._transports, handles = register_all(self._settings.transports, self._endpoint, pool)
+        asked_for = self._settings.faults
+        faults = None if asked_for is None else rehearsal(asked_for)
+        self._transports, handles = register_all(self._settings.transports, self._endpoint, pool, faults)
         shapes = tuple(wire.Shape(r.block_bytes, r.block_stride, r.blocks) for r in pool.regions)
         description = wire.Description(self._engine, self._rank, self._ranks.ranks, layout, shapes, handles)
         selector = LinkSelector(self._transports)

@@ -18,10 +18,13 @@ inner transport promises still holds. The same script and the same order of call
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from vllm_fleet.config.connector import FabricFaults
 from vllm_fleet.core.errors import BadRequest
+from vllm_fleet.wire.names import FaultKind
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,21 @@ ConnectFault: TypeAlias = Refuse | Delay
 
 @dataclass(frozen=True)
 class Rule:
-    """Apply ``fault`` to the ``nth`` transfer (or connect) of the transport, counted from 0 in the order of the calls;
-    None: to each, with this probability."""
+    """Apply ``fault`` to the ``nth`` transfer (or connect) of the transport, counted from 0 in the order of the calls,
+    and with ``every`` again after every so many; ``nth`` None: to each. All with this probability."""
 
     fault: TransferFault | ConnectFault
     nth: int | None = None
     probability: float = 1.0
+    every: int = 0
 
     def applies(self, number: int, rng: random.Random) -> bool:
         """Whether it applies to this transfer or connect; draws from ``rng`` exactly once."""
         drawn = rng.random()
-        return self.nth in (None, number) and drawn < self.probability
+        return drawn < self.probability and (self.nth in (None, number) or self._again(number, self.nth or 0))
+
+    def _again(self, number: int, first: int) -> bool:
+        return self.every > 0 and number > first and (number - first) % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,39 @@ class Script:
         return [rule.fault for rule in rules if rule.applies(number, rng)]
 
 
+CUT_AT_BYTES = 4096
+WRONG_BYTE = 12345
+
+
+def rehearsal(faults: FabricFaults) -> Script:
+    """What a fleet's ``fabric.faults`` asks for: the kinds take turns; ``refuse`` counts connections, not transfers."""
+    made: dict[FaultKind, TransferFault | ConnectFault] = {
+        "cut": Cut(CUT_AT_BYTES),
+        "delay": Delay(faults.delay_s),
+        "reorder": Reorder(faults.seed),
+        "refuse": Refuse("fabric.faults asks for it"),
+        "truncate": Truncate(1),
+        "corrupt": Corrupt(WRONG_BYTE),
+    }
+    transfers = [made[kind] for kind in faults.kinds if kind != "refuse"]
+    connects = [made["refuse"]] if "refuse" in faults.kinds else []
+    return Script(_rules(transfers, faults), _rules(connects, faults), faults.seed)
+
+
+def _rules(made: Sequence[TransferFault | ConnectFault], faults: FabricFaults) -> tuple[Rule, ...]:
+    drawn = [Rule(fault, probability=faults.rate / len(made)) for fault in made if faults.rate]
+    turns = [
+        Rule(fault, nth=(at + 1) * faults.every - 1, every=len(made) * faults.every)
+        for at, fault in enumerate(made)
+        if faults.every
+    ]
+    return (*drawn, *turns)
+
+
 def _check(rule: Rule) -> None:
     fault = rule.fault
-    if not 0 <= rule.probability <= 1 or (rule.nth is not None and rule.nth < 0):
-        raise BadRequest(f"{rule}: a probability is from 0 to 1, and nth counts from 0")
+    if not 0 <= rule.probability <= 1 or (rule.nth or 0) < 0 or rule.every < 0:
+        raise BadRequest(f"{rule}: a probability is from 0 to 1, nth counts from 0, and every is not negative")
     amounts = {Cut: "after_bytes", Delay: "seconds", Truncate: "nbytes", Corrupt: "offset"}
     if type(fault) in amounts and getattr(fault, amounts[type(fault)]) < 0:
         raise BadRequest(f"{fault}: {amounts[type(fault)]} must not be negative")

@@ -13,6 +13,8 @@ from vllm_fleet.core.errors import ConfigError, LinkError
 from vllm_fleet.fabric import transports as registry
 from vllm_fleet.fabric.contract import KVPool, Link, Transport
 from vllm_fleet.fabric.endpoint import Endpoint
+from vllm_fleet.fabric.faults import Script
+from vllm_fleet.fabric.transports.faulty import faulty
 from vllm_fleet.wire.fabric import PoolHandle
 
 AUTO = "auto"
@@ -41,9 +43,11 @@ def has_rdma() -> bool:
 
 
 def register_all(
-    names: Sequence[str], endpoint: Endpoint, pool: KVPool
+    names: Sequence[str], endpoint: Endpoint, pool: KVPool, faults: Script | None = None
 ) -> tuple[dict[str, Transport], tuple[PoolHandle, ...]]:
     """Register a pool with each transport named, best first, before the endpoint starts; "auto" is auto_order().
+
+    With ``faults`` each transport is a faulty one, for rehearsals.
 
     Raises:
         ConfigError: a transport that was named cannot be had here, or not one of "auto" can.
@@ -54,7 +58,8 @@ def register_all(
     handles: list[PoolHandle] = []
     for name in wanted:
         try:
-            transport = registry.load(name)(endpoint)
+            factory = registry.load(name)
+            transport = (factory if faults is None else faulty(factory, faults))(endpoint)
             handles.append(transport.register(pool))
         except (ConfigError, LinkError) as error:
             if not automatic:

@@ -9,8 +9,8 @@ from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from vllm_fleet.config.connector import ConnectorSettings
-from vllm_fleet.config.fleet import FleetConfig
+from vllm_fleet.config.connector import ConnectorSettings, FabricFaults
+from vllm_fleet.config.fleet import FaultsConfig, FleetConfig
 from vllm_fleet.core.errors import ConfigError
 from vllm_fleet.launcher import connectors
 from vllm_fleet.launcher.machine import Machine
@@ -144,6 +144,7 @@ def _instance(
         host=config.fabric.host,
         transports=config.fabric.transports,
         checksums=config.fabric.checksums,
+        faults=_faults(config.fabric.faults),
         lease_s=config.handoff.lease_s,
         hold_s=config.handoff.hold_s,
         load_s=config.handoff.load_s,
@@ -165,6 +166,12 @@ def _instance(
     own_tmp = tmp if tmp is not None and env.get("TMPDIR") == tmp else None
     registered = connectors.fingerprint(config)
     return ProcessSpec(name, "instance", role, tuple(argv), address, env, tmp=own_tmp, fingerprint=registered)
+
+
+def _faults(asked_for: FaultsConfig) -> FabricFaults | None:
+    if not asked_for.rate and not asked_for.every:
+        return None
+    return FabricFaults(**asked_for.model_dump())
 
 
 def _instance_env(

@@ -20,3 +20,5 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 TransportName = Literal["auto", "cma", "cuda_ipc", "mooncake", "nccl", "nixl", "tcp"]
 ChecksumMode = Literal["off", "sampled", "full"]
+FaultKind = Literal["cut", "delay", "reorder", "refuse", "truncate", "corrupt"]
+"""Faults that the fabric can be told to make; fabric/faults.py says what each does."""
