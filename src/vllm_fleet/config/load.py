@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from vllm_fleet.config.checks import check_counts, check_faults
 from vllm_fleet.config.fleet import FleetConfig, Part
 from vllm_fleet.config.problems import found, sentence
 from vllm_fleet.config.upstream import check_connector
@@ -83,9 +84,9 @@ def load(
         for key in ("prefill", "decode"):
             given[key] = Given(0, "default when only 'both' is set")
     config = _validated(given)
-    _check_counts(config)
+    check_counts(config)
     check_connector(config)
-    _check_faults(config)
+    check_faults(config)
     model = given["model"]
     resolved = _resolve_model(config.model, folder if model.folder is None else model.folder)
     if resolved != config.model:
@@ -280,25 +281,3 @@ def _check_plain(key: str, one: Given) -> None:
             raise ConfigError(f"{where}: the number is too large")
         elif value is not None and not isinstance(value, int | float):
             raise ConfigError(f"{where}: found {found(value)}; put it in quotes if it is meant as text")
-
-
-def _check_faults(config: FleetConfig) -> None:
-    lies = [kind for kind in config.fabric.faults.kinds if kind in ("truncate", "corrupt")]
-    if lies and config.fabric.checksums != "full":
-        raise ConfigError(
-            f"fabric.faults.kinds: {lies[0]} claims success, and only fabric.checksums: full finds each of them; "
-            "set that, or leave it out"
-        )
-
-
-def _check_counts(config: FleetConfig) -> None:
-    total = config.prefill + config.decode + config.both
-    if total == 0:
-        raise ConfigError("prefill, decode and both are all 0: a fleet needs at least one instance")
-    if config.prefill and not config.decode:
-        raise ConfigError(
-            f"prefill is {config.prefill} but decode is 0: nobody would take over from the prefill instances; "
-            "set decode to at least 1, or use 'both' instead of prefill"
-        )
-    if total > limits.INSTANCES_MAX:
-        raise ConfigError(f"prefill + decode + both is {total}; one fleet has at most {limits.INSTANCES_MAX} instances")
