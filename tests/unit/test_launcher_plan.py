@@ -107,6 +107,7 @@ def test_an_instance_on_a_cpu() -> None:
             "host": "127.0.0.1",
             "transports": ["auto"],
             "checksums": "sampled",
+            "faults": None,
             "lease_s": 30.0,
             "hold_s": 120.0,
             "load_s": 10.0,
