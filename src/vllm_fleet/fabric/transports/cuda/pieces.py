@@ -1,7 +1,7 @@
 """Cutting runs of memory into pieces that fit a staging buffer. Pure arithmetic on NumPy arrays.
 
 The runs of a question, one after the other, are a stream of bytes, which both sides of a transfer cut alike: the sizes
-of the pieces depend on nothing but the number of bytes and the question's place in the transfer.
+of the pieces depend on nothing but the number of bytes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_fleet.fabric.plan import Ints
-
-ALIGNMENT = 32 << 10
-"""Sizes of pieces are multiples of this where they can be: the usual blocks are then not cut in two."""
-
-RAMP = (8, 4, 2)
-"""The first pieces of a transfer are these fractions of a whole one, and the last ones in reverse: the wire starts
-after a short gather, and a short scatter is left when it ends."""
 
 
 class Piece(NamedTuple):
@@ -58,23 +51,6 @@ def uniform(total: int, chunk_bytes: int) -> list[int]:
     """Sizes of pieces of ``chunk_bytes``; the last may be shorter."""
     whole, rest = divmod(total, chunk_bytes)
     return [chunk_bytes] * whole + [rest] * (rest > 0)
-
-
-def ramped(total: int, chunk_bytes: int, *, first: bool, last: bool) -> list[int]:
-    """Sizes of the pieces of one question, the ``first`` or ``last`` of its transfer or both."""
-    up: list[int] = []
-    down: list[int] = []
-    for fraction in RAMP:
-        step = chunk_bytes // fraction
-        for wanted, sizes in ((first, up), (last, down)):
-            if wanted and 0 < 3 * step <= total:
-                sizes.append(step)
-                total -= step
-    middle: list[int] = []
-    if total:
-        even = -(-total // -(-total // chunk_bytes))
-        middle = uniform(total, min(chunk_bytes, -(-even // ALIGNMENT) * ALIGNMENT))
-    return up + middle + down[::-1]
 
 
 def cut(address: Ints, nbytes: Ints, sizes: list[int], row_bytes_max: int | None = None) -> Pieces:
