@@ -14,6 +14,9 @@ import numpy as np
 
 from vllm_fleet.fabric.plan import Ints
 
+ALIGNMENT = 32 << 10
+"""Sizes of pieces are multiples of this where they can be: the usual blocks are then not cut in two."""
+
 
 class Piece(NamedTuple):
     """Runs that lie side by side in one staging buffer; arrays of shape [rows]."""
