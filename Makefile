@@ -1,9 +1,10 @@
 # Every target first makes .venv, if it is not there. EXTRA=cuda on a machine with GPUs.
 EXTRA ?= cpu
 SEED ?= 7
+SEEDS ?= 1
 BIN := .venv/bin
 
-.PHONY: help setup demo test unit check format sim bench-handoff bench-streamed bench-fabric bench-cma fuzz storm clean
+.PHONY: help setup demo test unit check format sim bench-handoff bench-streamed bench-fabric bench-cma bench-controller fuzz storm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -29,8 +30,8 @@ format: setup  ## let ruff put things in order
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-sim: setup  ## the deterministic simulation of the controller: make sim SEED=7
-	@$(BIN)/python -m tests.sim --seed $(SEED)
+sim: setup  ## the deterministic simulations: make sim SEED=7, make sim SEED=1 SEEDS=10000
+	@$(BIN)/python -m tests.sim --seed $(SEED) --seeds $(SEEDS)
 
 bench-handoff: setup  ## how long a handoff takes, beside vLLM's NixlConnector
 	@$(BIN)/python -m benchmarks.handoff $(ARGS)
@@ -43,6 +44,9 @@ bench-fabric: setup  ## ways to move blocks between two processes, side by side
 
 bench-cma: setup  ## process_vm_readv against shared memory, for blocks of KV
 	@$(BIN)/python -m benchmarks.cma $(ARGS)
+
+bench-controller: setup  ## what a controller costs with a thousand instances
+	@$(BIN)/python -m benchmarks.controller $(ARGS)
 
 fuzz: setup  ## a million damaged inputs at everything that reads bytes from others
 	@$(BIN)/python -m benchmarks.fuzz $(ARGS)

@@ -33,12 +33,15 @@ command -v g++ > /dev/null || packages="$packages g++"
 ! missing numa || packages="$packages libnuma1"
 "$python" -c 'import ensurepip' 2> /dev/null || packages="$packages python3-venv"
 # Only tests need these, so nobody is asked for them: Mooncake's libraries (the GPU build of Mooncake is another package),
-# and iproute2 for two hosts on one machine, which needs root.
-extras=$extra,dev,nixl
+# iproute2 for two hosts on one machine, which needs root, an etcd, and libfaketime for wall clocks that jump.
+extras=$extra,dev,nixl,etcd
+[ "$extra" != cpu ] || extras=$extras,ray # 240 MB; tests start small clusters
 if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
   ! missing ibverbs || packages="$packages libibverbs1"
   ! missing rdmacm || packages="$packages librdmacm1"
   { command -v ip > /dev/null && command -v tc > /dev/null; } || packages="$packages iproute2"
+  { command -v etcd > /dev/null && command -v etcdctl > /dev/null; } || packages="$packages etcd-server etcd-client"
+  ls /usr/lib/*/faketime/libfaketime.so.1 > /dev/null 2>&1 || packages="$packages libfaketime"
   [ "$extra" != cpu ] || extras=$extras,mooncake
 elif [ "$extra" = cpu ] && ! missing ibverbs && ! missing rdmacm; then
   extras=$extras,mooncake

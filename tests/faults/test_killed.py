@@ -26,7 +26,10 @@ def test_a_prefill_killed_between_its_answer_and_the_transfer(
 ) -> None:
     """And one killed under load. Its own fleet, since an instance is gone afterwards."""
     shared_fleets.stop()
-    with running_fleet(tmp_path_factory.mktemp("killed"), "--prefill", "2") as fleet:
+    home = tmp_path_factory.mktemp("killed")
+    config = home / "fleet.yaml"
+    config.write_text("launcher: {restarts_max: 0}\n")  # it stays away
+    with running_fleet(home, "--config", str(config), "--prefill", "2") as fleet:
         prompt, params = hold(fleet.urls["prefill-1"], 5)
         prompts = [make_prompt(random.Random(seed), 200) for seed in range(30)]
         requests = [body(p.text, max_tokens=3) for p in prompts]
@@ -42,7 +45,7 @@ def test_a_prefill_killed_between_its_answer_and_the_transfer(
         recomputed = outcome(fleet.decode, "recomputed")
         assert decode_answers(fleet, prompt, params) == prompt.value
         assert outcome(fleet.decode, "recomputed") == recomputed + 1
-        wait_for("prefill-1 is seen gone", lambda: states(fleet)["prefill-1"] == "gone", 20)
+        wait_for("prefill-1 is given up", lambda: states(fleet)["prefill-1"] == "given_up", 20)
         answers = ask_all(fleet.router, requests, 8)
         assert [(answer.status, answer.text) for answer in answers] == [(200, p.value) for p in prompts]
         wait_for("decode's blocks are free", lambda: usage(fleet.decode) == 0.0, 20)

@@ -18,6 +18,7 @@ from vllm_fleet.connector.jobs import HoldJob, LoadJob, ReleaseJob
 from vllm_fleet.connector.meta import StepMetadata
 from vllm_fleet.connector.scheduler import SchedulerSide
 from vllm_fleet.core.env import RealEnv
+from vllm_fleet.wire.control import Load
 from vllm_fleet.wire.ticket import FIELD, Ticket, WorkerAddress, prompt_digest, unseal
 
 TOKEN = bytes(range(32))
@@ -167,3 +168,25 @@ def test_a_forged_ticket_costs_nothing(params: dict[str, Any] | None) -> None:
     assert decode.matched_tokens(asked, 0) == (0, False)
     decode.on_allocated(asked, [7], 0)
     assert not decode.has_jobs
+
+
+def test_the_load_is_what_has_not_finished_and_what_is_held() -> None:
+    prefill = side("p")
+    asked = request(list(range(8)), HOLD)
+    prefill.on_new_request(asked)
+    assert prefill.load() == Load(1, 0)
+    asked.num_computed_tokens = 8
+    asked.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    prefill.on_finished(asked, [10, 11])
+    assert prefill.load() == Load(0, 1), "until decode has taken its KV, or the lease is over"
+    prefill.on_output(KVConnectorOutput(finished_sending={"r"}))
+    assert prefill.load() == Load(0, 0)
+
+
+def test_an_aborted_request_is_no_load() -> None:
+    prefill = side("p")
+    asked = request(list(range(8)), HOLD)
+    prefill.on_new_request(asked)
+    asked.status = RequestStatus.FINISHED_ABORTED
+    prefill.on_finished(asked, [])
+    assert prefill.load() == Load(0, 0)

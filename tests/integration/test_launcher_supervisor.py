@@ -14,17 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from vllm_fleet.config.fleet import LauncherConfig
+from tests.planners import StaticPlanner
 from vllm_fleet.core.errors import Busy, FleetError
 from vllm_fleet.launcher import processes
 from vllm_fleet.launcher.down import down
+from vllm_fleet.launcher.fleet import Rules
 from vllm_fleet.launcher.processes import ProcessId
 from vllm_fleet.launcher.record import FleetRecord, read_record
 from vllm_fleet.launcher.rundir import RunDir
 from vllm_fleet.launcher.spec import Kind, ProcessSpec
 from vllm_fleet.launcher.status import status
-from vllm_fleet.launcher.supervisor import Outcome, Supervisor
+from vllm_fleet.launcher.supervisor import Supervisor
 from vllm_fleet.launcher.up import refuse_orphans
+from vllm_fleet.launcher.view import Outcome
 from vllm_fleet.net import sockets
 
 SERVER = """
@@ -100,10 +102,9 @@ class Running:
         def planner(chosen: Mapping[str, int]) -> tuple[ProcessSpec, ...]:
             return tuple(spec(name, kind, chosen[name], *extras.get(name, ())) for name, kind in kinds.items())
 
-        settings = LauncherConfig(stop_s=stop_s, ready_s=ready_s)
-        self.supervisor = Supervisor(
-            run, planner, ports, frozenset(), settings, "m", dict(os.environ), self.view, verbose=True
-        )
+        rules = Rules(stop_s=stop_s, ready_s=ready_s, restarts_max=2)
+        plans = StaticPlanner(planner, ports)
+        self.supervisor = Supervisor(run, plans, frozenset(), rules, "m", dict(os.environ), self.view, verbose=True)
         self.outcome: Outcome | None = None
         self._thread = threading.Thread(target=self._main)
         self._thread.start()
@@ -211,20 +212,36 @@ def test_a_port_taken_in_between_is_replaced(launch: Launch, tmp_path: Path) -> 
     assert fleet.view.notes == ["the port of both-0 was taken; another is tried"]
 
 
-def test_a_dead_instance_is_gone_a_dead_router_comes_back(launch: Launch) -> None:
+@pytest.mark.parametrize("name", ["both-0", "router", "controller"])
+def test_what_dies_comes_back_where_it_was(launch: Launch, name: str) -> None:
     fleet = launch()
     before = fleet.ready()
-    os.kill(pids(before)["both-0"].pid, signal.SIGKILL)
-    fleet.until(lambda record: states(record)["both-0"] == "gone")
-    assert fleet.view.notes == ["both-0 was ended by SIGKILL; the fleet goes on without it"]
-    os.kill(pids(before)["router"].pid, signal.SIGKILL)
-    after = fleet.until(
-        lambda record: pids(record)["router"] != pids(before)["router"] and states(record)["router"] == "ready"
-    )
-    assert after.url("router") == before.url("router")
-    assert fleet.view.notes[1:] == ["router was ended by SIGKILL; it is started again in 0.5 s"]
+    os.kill(pids(before)[name].pid, signal.SIGKILL)
+    after = fleet.until(lambda record: pids(record)[name] != pids(before)[name] and states(record)[name] == "ready")
+    assert [each.url for each in after.processes] == [each.url for each in before.processes]
+    (note,) = fleet.view.notes
+    assert note.startswith(f"{name} was ended by SIGKILL; it is started again in 0.")
+
+
+DIES_LATER = """
+import threading
+if os.path.exists(sys.argv[2]):
+    raise SystemExit("no more")
+threading.Timer(1.0, lambda: (open(sys.argv[2], "w").close(), os._exit(1))).start()
+"""
+
+
+def test_an_instance_that_keeps_dying_is_given_up_and_the_others_stay(launch: Launch, tmp_path: Path) -> None:
+    fleet = launch(both_0=(DIES_LATER, str(tmp_path / "died")))
+    fleet.ready()
+    after = fleet.until(lambda record: states(record)["both-0"] == "given_up")
+    assert fleet.view.notes[-1].startswith("both-0 died 3 times within 600 s")
+    assert fleet.view.notes[-1].endswith("start it again with: vllm-fleet restart both-0")
+    assert (states(after)["router"], states(after)["controller"]) == ("ready", "ready")
+    with sockets.listen("127.0.0.1", int(after.processes[2].url.rpartition(":")[2]), setting="test"):
+        pass  # its port is free
     found = status(fleet.run)
-    assert found.states["both-0"] == "gone"
+    assert found.states["both-0"] == "given_up"
     assert found.to_json() == {
         "router": {"url": after.url("router")},
         "controller": {"url": after.url("controller")},
@@ -233,11 +250,13 @@ def test_a_dead_instance_is_gone_a_dead_router_comes_back(launch: Launch) -> Non
                 "name": "both-0",
                 "role": "both",
                 "url": after.processes[2].url,
-                "pid": pids(before)["both-0"].pid,
-                "state": "gone",
+                "pid": pids(after)["both-0"].pid,
+                "state": "given_up",
+                "note": found.record.processes[2].note,
                 "computes_below_tokens": {},
             }
         ],
+        "desired": {"prefill": 0, "decode": 0, "both": 1},
     }
     assert len(found.remarks) == 1
     assert found.remarks[0].startswith("the controller does not answer (")
@@ -298,7 +317,8 @@ def test_a_second_up_is_refused(launch: Launch) -> None:
 
 KILLED = """
 import json, os, sys
-from vllm_fleet.config.fleet import LauncherConfig
+from tests.planners import StaticPlanner
+from vllm_fleet.launcher.fleet import Rules
 from vllm_fleet.launcher.__main__ import Silent
 from vllm_fleet.launcher.rundir import RunDir
 from vllm_fleet.launcher.spec import ProcessSpec
@@ -308,8 +328,8 @@ folder, specs = sys.argv[1], json.loads(sys.argv[2])
 run = RunDir(Path(folder))
 run.acquire()
 run.prepare([])
-planner = lambda ports: tuple(ProcessSpec(**one) for one in specs)
-out = Supervisor(run, planner, {}, frozenset(), LauncherConfig(stop_s=2.0), "m", dict(os.environ), Silent()).run()
+planner = StaticPlanner(lambda ports: tuple(ProcessSpec(**one) for one in specs), {})
+out = Supervisor(run, planner, frozenset(), Rules(stop_s=2.0, drain_s=1.0), "m", dict(os.environ), Silent()).run()
 sys.exit(out.code)
 """
 

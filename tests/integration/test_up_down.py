@@ -65,9 +65,10 @@ def test_up_prints_a_table_and_stops_within_ten_seconds(tmp_path: Path, number: 
 
 def test_status_and_logs_from_another_terminal(cma_fleet: RunningFleet) -> None:
     status = cma_fleet.status()
-    assert set(status) == {"router", "controller", "instances"}
+    assert set(status) == {"router", "controller", "instances", "desired"}
+    assert status["desired"] == {"prefill": 1, "decode": 1, "both": 0}
     for instance in status["instances"]:
-        assert set(instance) == {"name", "role", "url", "pid", "state", "computes_below_tokens"}
+        assert set(instance) == {"name", "role", "url", "pid", "state", "note", "computes_below_tokens"}
         assert instance["state"] == "ready"
         assert psutil.pid_exists(instance["pid"])
     assert [instance["role"] for instance in status["instances"]] == ["prefill", "decode"]

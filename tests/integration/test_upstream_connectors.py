@@ -23,12 +23,13 @@ import pytest
 from tests.conftest import RunningFleet, SharedFleets, running_fleet
 from tests.integration.asking import Answer, ask_all, body
 from tests.integration.test_launcher_supervisor import Recorder, spec
+from tests.planners import StaticPlanner
 from vllm_fleet.bench.plain import scrape, total
 from vllm_fleet.bench.recall import RecallPrompt, make_prompt
 from vllm_fleet.config.connector import bearer, read_token
-from vllm_fleet.config.fleet import LauncherConfig
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import PeerGone
+from vllm_fleet.launcher.fleet import Rules
 from vllm_fleet.launcher.rundir import RunDir
 from vllm_fleet.launcher.spec import ProcessSpec
 from vllm_fleet.launcher.supervisor import Supervisor
@@ -105,8 +106,9 @@ def spoken(tmp_path: Path) -> Iterator[Spoken]:
         )
 
     view = Recorder()
-    settings = LauncherConfig(stop_s=5.0, ready_s=15.0)
-    supervisor = Supervisor(run, planner, ports, frozenset(), settings, "m", dict(os.environ), view)
+    rules = Rules(stop_s=5.0, ready_s=15.0)
+    plans = StaticPlanner(planner, ports)
+    supervisor = Supervisor(run, plans, frozenset(), rules, "m", dict(os.environ), view)
     thread = threading.Thread(target=supervisor.run)
     thread.start()
     try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 Action = Callable[[], None]
 LATE_S_MAX = 15.0  # no message is later: after healing, the last ghosts of dead members come within this time
@@ -46,22 +48,29 @@ class Faults:
     delay_s_max: float = 0.01
 
 
+Way = Literal["up", "down"]
+"""A message to the controller, or from it."""
+
+
 class Network:
-    """Carries encoded messages: some are lost, some come twice, some late and so out of order."""
+    """Carries encoded messages: some are lost, some come twice, some late and so out of order. ``troubles`` counts what
+    holds for a while: every message of one way lost ("up", "down"), or every message doubled ("double").
+    """
 
     def __init__(self, clockwork: Clockwork, rng: random.Random) -> None:
         self._clockwork, self._rng = clockwork, rng
         self.faults = Faults()
+        self.troubles: Counter[str] = Counter()
         self.sent = self.lost = self.doubled = 0
 
-    def send(self, deliver: Action) -> None:
+    def send(self, deliver: Action, way: Way | None = None) -> None:
         """Deliver one message, or not."""
         self.sent += 1
-        if self._rng.random() < self.faults.loss:
+        if self._rng.random() < self.faults.loss or (way is not None and self.troubles[way]):
             self.lost += 1
             return
         self._clockwork.at(self.delay_s(), deliver)
-        if self._rng.random() < self.faults.duplicates:
+        if self._rng.random() < self.faults.duplicates or self.troubles["double"]:
             self.doubled += 1
             self._clockwork.at(min(5 * self.delay_s(), LATE_S_MAX), deliver)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tests.sim.clockwork import Clockwork, Faults, Network
@@ -14,6 +15,7 @@ FAULTS_S = 60.0
 HEAL_S = 3 * RULES.lease_s
 REST_S = RULES.lease_s
 NAMES = ("prefill-0", "decode-0", "decode-1", "both-0")
+RATES = (0.5, 1.0, 2.0)  # how fast clocks go
 
 
 @dataclass
@@ -34,9 +36,14 @@ class Outcome:
 
 
 class World:
-    """The fleet under one seed."""
+    """The fleet under one seed. ``only``: the kinds of trouble that there are; None: all. With ``only`` the network is
+    good when nothing else is said.
+    """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, only: Sequence[str] | None = None) -> None:
+        self._only = only
+        self._copies = [b""]
+        self._healed = False
         self.rng = random.Random(seed)
         self.clockwork = Clockwork()
         self.network = Network(self.clockwork, self.rng)
@@ -52,11 +59,14 @@ class World:
     def run(self) -> Outcome:
         """Live through faults, heal, and judge."""
         try:
-            self.network.faults = Faults(
-                self.rng.choice((0.0, 0.01, 0.1, 0.3)), self.rng.choice((0, 0.05, 0.3)), self.rng.choice((0.02, 0.5, 2))
-            )
-            for watcher in self.watchers:
-                watcher.break_chance = 0.05
+            if self._only is None:
+                self.network.faults = Faults(
+                    self.rng.choice((0.0, 0.01, 0.1, 0.3)),
+                    self.rng.choice((0, 0.05, 0.3)),
+                    self.rng.choice((0.02, 0.5, 2)),
+                )
+                for watcher in self.watchers:
+                    watcher.break_chance = 0.05
             self._next_fault()
             self.clockwork.run_until(FAULTS_S, self._check_revision)
             self._heal()
@@ -70,21 +80,42 @@ class World:
         self._count()
         return self.outcome
 
+    def run_and_heal(self, within_s: float) -> Outcome:
+        """Live through faults and heal: ``within_s`` after, everybody must agree."""
+        try:
+            self._next_fault()
+            self.clockwork.run_until(FAULTS_S, self._check_revision)
+            self._heal()
+            self.clockwork.run_until(FAULTS_S + within_s, self._check_revision)
+            self._judge()
+        except AssertionError as error:
+            self.outcome.broken = str(error) or "an assertion of the controller"
+        self._count()
+        return self.outcome
+
     # Faults --------------------------------------------------------------------------------------------------------
 
     def _next_fault(self) -> None:
         if self.clockwork.now >= FAULTS_S - 1:
             return
-        fault = self.rng.choice(
-            (self._kill, self._kill, self._pause, self._zombie, self._leave, self._crash, self._torn_crash,
-             self._pause_controller, self._fill_disk, self._step_clock, self._partition, self._rename)
+        faults = (
+            self._kill, self._kill, self._pause, self._zombie, self._leave, self._rename, self._crash, self._torn_crash,
+            self._pause_controller, self._pause_all, self._fill_disk, self._old_journal, self._no_journal,
+            self._step_clock, self._step_members_clock, self._drift, self._partition, self._one_way, self._mute,
+            self._deaf, self._double_all,
         )  # fmt: skip
-        self.outcome.faults[fault.__name__.strip("_")] += 1
+        named = [(fault.__name__.strip("_"), fault) for fault in faults]
+        name, fault = self.rng.choice([one for one in named if self._only is None or one[0] in self._only])
+        self.outcome.faults[name] += 1
         fault()
+        if self.rng.random() < 0.3:
+            self._copies.append(self.controller.disk.journal)
         self.clockwork.at(self.rng.uniform(0.2, 4.0), self._next_fault)
 
     def _born(self, name: str) -> None:
         life = SimLife(self.clockwork, self.network, self.controller, name, len(self.lives) + 1)
+        if self._only is None:
+            life.clock_rate = self.rng.choice(RATES)
         self.lives.append(life)
         self.current[name] = life
 
@@ -133,6 +164,24 @@ class World:
     def _pause_controller(self) -> None:
         self.controller.paused_until = self.clockwork.now + self.rng.choice((0.3, 1.0, 3.0, 15.0))
 
+    def _pause_all(self) -> None:
+        """The whole machine stands still; its clocks go on."""
+        until = self.clockwork.now + self.rng.choice((1.0, 5.0, 20.0))
+        self.controller.paused_until = until
+        for life in self.lives:
+            life.paused_until = max(life.paused_until, until)
+
+    def _old_journal(self) -> None:
+        """Somebody puts an older copy of the journal back."""
+        self.controller.crash()
+        self.controller.disk.journal = self.rng.choice(self._copies)
+        self.clockwork.at(self.rng.uniform(0.1, 5.0), self.controller.start)
+
+    def _no_journal(self) -> None:
+        self.controller.crash()
+        self.controller.disk.journal = b""
+        self.clockwork.at(self.rng.uniform(0.1, 5.0), self.controller.start)
+
     def _fill_disk(self) -> None:
         self.controller.disk.full = True
         self.clockwork.at(self.rng.uniform(0.5, 6.0), self._free_disk)
@@ -141,27 +190,63 @@ class World:
         self.controller.disk.full = False
 
     def _step_clock(self) -> None:
-        self.controller.env.skew_s += self.rng.choice((-500.0, -1.0, 0.5, 5.0, 3600.0))
+        self.controller.env.step(self.rng.choice((-500.0, -1.0, 0.5, 5.0, 3600.0)))
+
+    def _step_members_clock(self) -> None:
+        self._victim().step_clock(self.rng.choice((-3.0, -1.0, 0.5, 3600.0)))
+
+    def _drift(self) -> None:
+        """Clocks go at different speeds from here on."""
+        self.controller.env.run_at(self.rng.choice(RATES))
+        self._victim().clock_rate = self.rng.choice(RATES)
 
     def _partition(self) -> None:
-        bad, self.network.faults = self.network.faults, Faults(loss=1.0)
+        """Nobody reaches the controller, and it reaches nobody."""
+        self._network_trouble(self.rng.choice((0.5, 5.0, 12.0)), "up", "down")
 
-        def heal() -> None:
-            self.network.faults = bad if self.clockwork.now < FAULTS_S else Faults()
+    def _one_way(self) -> None:
+        """Nobody reaches the controller, or it reaches nobody: requests, or only their answers, are lost."""
+        self._network_trouble(self.rng.choice((0.5, 5.0, 12.0)), self.rng.choice(("up", "down")))
 
-        self.clockwork.at(self.rng.uniform(0.5, 5.0), heal)
+    def _double_all(self) -> None:
+        self._network_trouble(self.rng.uniform(0.5, 5.0), "double")
+
+    def _network_trouble(self, seconds: float, *kinds: str) -> None:
+        self.network.troubles.update(kinds)
+        if "down" in kinds:
+            for watcher in self.watchers:
+                watcher.deaf_until = max(watcher.deaf_until, self.clockwork.now + seconds)
+        self.clockwork.at(seconds, lambda: self._end_trouble(kinds))
+
+    def _end_trouble(self, kinds: Sequence[str]) -> None:
+        if not self._healed:
+            self.network.troubles.subtract(kinds)
+
+    def _mute(self) -> None:
+        """One member's messages do not reach the controller; it hears what it is told."""
+        self._victim().mute_until = self.clockwork.now + self.rng.choice((0.5, 3.0, 12.0))
+
+    def _deaf(self) -> None:
+        """One member's messages arrive, their answers do not."""
+        self._victim().deaf_until = self.clockwork.now + self.rng.choice((0.5, 3.0, 12.0))
 
     # Promises ------------------------------------------------------------------------------------------------------
 
     def _heal(self) -> None:
         self.network.faults = Faults()
+        self.network.troubles.clear()
+        self._healed = True
         self.controller.paused_until = 0.0
+        self.controller.env.run_at(1.0)
         self.controller.disk.full = False
         self.controller.disk.crash_after_bytes = None
         self.controller.start()
         for life in self.lives:
             life.paused_until = min(life.paused_until, self.clockwork.now)
+            life.mute_until = life.deaf_until = 0.0
+            life.clock_rate = 1.0
         for watcher in self.watchers:
+            watcher.deaf_until = 0.0
             watcher.break_chance = 0.0
 
     def _check_revision(self) -> None:
@@ -182,6 +267,8 @@ class World:
         for name, member in state.members.items():
             assert member.incarnation in living, f"{name} is dead but still a member"
             assert member.state == "ready", f"{name} lives but is {member.state}"
+            held = living[member.incarnation].generation
+            assert held == member.generation, f"{name} takes itself for generation {held}, not {member.generation}"
         for life in living.values():
             taken = any(member.url == life.url and member.name != life.name for member in state.members.values())
             assert taken or life.name in state.members, f"{life.name} lives but is no member"
@@ -204,6 +291,6 @@ class World:
         }
 
 
-def run_seed(seed: int) -> Outcome:
+def run_seed(seed: int, only: Sequence[str] | None = None) -> Outcome:
     """One simulated fleet from beginning to end."""
-    return World(seed).run()
+    return World(seed, only).run()

@@ -8,20 +8,24 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.planners import Make, StaticPlanner
 from vllm_fleet.cli import flags, main
 from vllm_fleet.cli import up as up_command
 from vllm_fleet.cli.progress import Live, Plain, table
+from vllm_fleet.config.fleet import FleetConfig
 from vllm_fleet.core.errors import ConfigError
-from vllm_fleet.launcher import plan
+from vllm_fleet.launcher import up as up_module
+from vllm_fleet.launcher.machine import Machine
 from vllm_fleet.launcher.processes import boot_id, identify
 from vllm_fleet.launcher.record import ChildState, FleetRecord, Phase, ProcessRecord, write_record
 from vllm_fleet.launcher.rundir import RunDir
 from vllm_fleet.launcher.spec import ProcessSpec
+from vllm_fleet.net.sockets import free_port
 
 HEAVY = ("torch", "vllm", "aiohttp", "pydantic", "yaml", "rich", "msgspec", "asyncio")
 SERVER = """
@@ -67,7 +71,8 @@ def test_help_is_light() -> None:
 
 
 def test_every_command_has_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["up"], ["status"], ["down"], ["logs"], ["config", "explain"], ["version"]):
+    for command in (["up"], ["status"], ["down"], ["logs"], ["scale"], ["role"], ["drain"], ["restart"],
+                    ["config", "explain"], ["version"]):  # fmt: skip
         assert call(monkeypatch, *command, "--help") == 0
         assert f"Usage: vllm-fleet {' '.join(command)}" in capsys.readouterr().out
 
@@ -157,12 +162,26 @@ def fake_plan(ports: Mapping[str, int]) -> tuple[ProcessSpec, ...]:
     )
 
 
+class OwnPlanner(StaticPlanner):
+    """As `up` makes one."""
+
+    fixed: frozenset[str] = frozenset()
+
+
+def planner_of(make: Make) -> Callable[[FleetConfig, Machine, RunDir], OwnPlanner]:
+    def made(config: FleetConfig, machine: Machine, run: RunDir) -> OwnPlanner:
+        run.prepare([])
+        return OwnPlanner(make, {name: free_port("127.0.0.1") for name in ("controller", "router", "both-0")})
+
+    return made
+
+
 def test_up_serves_until_ctrl_c(
     environ: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text("{}")
-    monkeypatch.setattr(plan, "plan", lambda config, facts, place, ports: fake_plan(ports))
+    monkeypatch.setattr(up_module, "FleetPlanner", planner_of(fake_plan))
     announced = up_command.ready_text
 
     def then_interrupt(record: FleetRecord, *, detached: bool) -> str:
@@ -192,7 +211,7 @@ def test_up_that_fails_says_why(
         argv = (sys.executable, "-S", "-c", "raise ValueError('no such thing')")
         return ProcessSpec("controller", "controller", "controller", argv, controller.url), *others
 
-    monkeypatch.setattr(plan, "plan", lambda config, facts, place, ports: dying(ports))
+    monkeypatch.setattr(up_module, "FleetPlanner", planner_of(dying))
     assert call(monkeypatch, "up", "--model", "org/m", "--both", "1", "--router-port", "0") == 1
     lines = capsys.readouterr().err.splitlines()
     reason = "controller ended with exit code 1: ValueError: no such thing (while it was starting)"
@@ -248,5 +267,6 @@ def test_status_of_a_fleet_whose_processes_are_gone(
     out, err = capsys.readouterr()
     assert json.loads(out) == {
         "router": {"url": "http://127.0.0.1:8000"}, "controller": {"url": "http://127.0.0.1:1"}, "instances": [],
+        "desired": {"prefill": 0, "decode": 0, "both": 0},
     }  # fmt: skip
     assert "the controller does not answer" in err

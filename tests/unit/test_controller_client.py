@@ -14,7 +14,7 @@ from vllm_fleet.core.errors import BadRequest, Busy, Corrupt, PeerGone
 from vllm_fleet.net import sockets
 from vllm_fleet.net.control_client import ControlClient
 from vllm_fleet.net.watch import watch
-from vllm_fleet.wire.control import Change, Snapshot
+from vllm_fleet.wire.control import News
 
 BEARER = "b" * 64
 
@@ -52,7 +52,7 @@ async def answering(
 
 
 @contextlib.asynccontextmanager
-async def following(url: str, events: list[Snapshot | Change]) -> AsyncIterator[asyncio.Task[None]]:
+async def following(url: str, events: list[News]) -> AsyncIterator[asyncio.Task[None]]:
     """A running watch, cancelled at the end."""
     task = asyncio.create_task(watch(url, BEARER, events.append))
     try:
@@ -91,7 +91,7 @@ async def test_watch_never_raises_for_what_a_server_says(answer: bytes, monkeypa
         writer.write(answer)
         await writer.drain()
 
-    events: list[Snapshot | Change] = []
+    events: list[News] = []
     async with answering(serve) as url, following(url, events) as task:
         await until(lambda: calls >= 3)
         assert not task.done()
@@ -136,7 +136,7 @@ async def test_what_the_caller_raises_ends_the_watch() -> None:
         writer.write(b'{"type":"snapshot","controller":"j","revision":5,"members":[]}\n')
         await reader.read(-1)
 
-    def broken(event: Snapshot | Change) -> None:
+    def broken(event: News) -> None:
         raise ZeroDivisionError
 
     async with answering(serve) as url:

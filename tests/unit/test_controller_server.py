@@ -16,6 +16,7 @@ import pytest
 
 from vllm_fleet.config.connector import bearer
 from vllm_fleet.controller import __main__ as process
+from vllm_fleet.controller.http import Connection
 from vllm_fleet.controller.settings import ControllerSettings, read_settings
 from vllm_fleet.controller.stores.contract import StoreFailed
 from vllm_fleet.controller.stores.embedded import EmbeddedStore
@@ -26,7 +27,7 @@ from vllm_fleet.core.errors import BadRequest, Busy, ConfigError, Fenced, NotReg
 from vllm_fleet.net.control_client import ControlClient
 from vllm_fleet.net.watch import watch
 from vllm_fleet.wire import control
-from vllm_fleet.wire.control import Change, Heartbeat, Register, Registered, ReportedState, Snapshot
+from vllm_fleet.wire.control import Change, Heartbeat, News, Register, Registered, ReportedState, Snapshot
 
 TOKEN = bytes(range(32))
 BEARER = bearer(TOKEN)
@@ -379,7 +380,8 @@ async def connected_status(controller: Running) -> int:
 
 async def test_watcher_that_does_not_keep_up_is_cut_off(controller: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "WATCH_QUEUE_MAX", 1)
-    monkeypatch.setattr("vllm_fleet.controller.watchers.Watcher.next", lambda *_: asyncio.sleep(60))
+    written = Connection.write
+    monkeypatch.setattr(Connection, "write", lambda *given: written(*given) and False)  # it is behind, and stays so
     async with stream(controller) as events:
         await anext(events)
         for life in ("1", "2", "3"):
@@ -402,7 +404,7 @@ async def test_stopping_ends_watch_streams_at_once(controller: Running) -> None:
 async def test_watch_survives_a_restart_and_resumes(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     first = await start()
     port = int(first.url.rsplit(":", 1)[1])
-    events: list[Snapshot | Change] = []
+    events: list[News] = []
     with caplog.at_level(logging.INFO, logger="vllm_fleet"):
         following = asyncio.create_task(watch(first.url, BEARER, events.append))
         await until(lambda: len(events) == 1)

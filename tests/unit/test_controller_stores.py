@@ -202,7 +202,7 @@ def test_files_are_the_owners_only(tmp_path: Path) -> None:
     saved(store, ENTRIES)
     store.close()
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "state").iterdir()}
-    assert modes == {"journal": 0o600, "lock": 0o600}
+    assert modes == {"journal": 0o600, "lock": 0o600, "mark": 0o600}
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
 
 
@@ -227,7 +227,7 @@ def test_full_disk_is_reported_and_loses_nothing_saved(tmp_path: Path) -> None:
         with pytest.raises(StoreFailed, match="cannot write"):
             store.rewrite([*to_records(state), *ENTRIES, *ENTRIES])
     assert (tmp_path / "journal").stat().st_size == journal_len + 10, "the fault happened: a part was written"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal", "lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal", "lock", "mark"]
     assert list(store.load().records[1:]) == ENTRIES
     store.rewrite(to_records(state))
     store.append([entry(6, "d")])
@@ -238,9 +238,9 @@ def test_full_disk_is_reported_and_loses_nothing_saved(tmp_path: Path) -> None:
 def test_start_with_a_torn_journal_on_a_full_disk_goes_on_in_memory() -> None:
     store = MemoryStore(MemoryDisk())
     before = saved(store, ENTRIES)
-    store.disk.journal, store.disk.full = store.disk.journal[:-1], True
+    store.disk.journal, store.disk.full = store.disk.journal + encode_records([entry(6, "d")])[:-1], True
     state = started(store)
-    assert set(state.members) == {"a"}
+    assert set(state.members) == {"a", "c"}
     assert not state.durable
     assert state.controller != before.controller, "what is not saved must not look like the saved history"
 

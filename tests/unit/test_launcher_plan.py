@@ -80,6 +80,7 @@ def test_controller_and_router() -> None:
             "controller": "http://127.0.0.1:7000",
             "request_timeout_s": 60.0,
             "handoff": "streamed",
+            "stop_s": 60.0,
         },
         settings_file="/run/settings/router.json",
     )
@@ -95,7 +96,7 @@ def test_an_instance_on_a_cpu() -> None:
     assert transfer == {
         "kv_connector": "FleetConnector",
         "kv_connector_module_path": "vllm_fleet.connector",
-        "kv_role": "kv_consumer",
+        "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {
             "fleet": "default",
@@ -142,12 +143,7 @@ def test_roles_and_failure_policy_reach_vllm() -> None:
             transfer = json.loads(spec.argv[spec.argv.index("--kv-transfer-config") + 1])
             roles[name] = transfer["kv_role"]
             assert transfer["kv_load_failure_policy"] == "fail"
-    assert roles == {
-        "prefill-0": "kv_producer",
-        "decode-0": "kv_consumer",
-        "decode-1": "kv_consumer",
-        "both-0": "kv_both",
-    }
+    assert set(roles.values()) == {"kv_both"}, "their roles may change while they run"
 
 
 def test_what_the_user_set_stays() -> None:
@@ -379,7 +375,7 @@ def test_multi_with_ours_inside() -> None:
         }
         assert spec.fingerprint is None, "ours registers the instance itself"
     only = instances(with_connector("multi", inside=("fleet",)), machine(), PORTS)
-    assert [transfer(spec)["kv_role"] for spec in only.values()][:2] == ["kv_producer", "kv_consumer"]
+    assert [transfer(spec)["kv_role"] for spec in only.values()][:2] == ["kv_both", "kv_both"]
 
 
 def test_multi_without_ours() -> None:

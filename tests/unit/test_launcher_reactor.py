@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from vllm_fleet.launcher.events import (
     Answered,
     Began,
@@ -18,22 +20,33 @@ from vllm_fleet.launcher.events import (
     Terminate,
     Tick,
 )
-from vllm_fleet.launcher.reactor import Child, Fleet, ending, step
+from vllm_fleet.launcher.fleet import Child, Fleet, Rules
+from vllm_fleet.launcher.keeping import ending
+from vllm_fleet.launcher.reactor import step
+from vllm_fleet.wire.control import Slot
 
-INSTANCES = ("prefill-0", "decode-0")
+SLOTS = (Slot("prefill-0", "prefill"), Slot("decode-0", "decode"))
 
 
-def new(*, fixed: str = "") -> Fleet:
+def new(*, fixed: str = "", drain_s: float = 0.0) -> Fleet:
     children = {
         "controller": Child("controller", "controller", fixed == "controller"),
         "router": Child("router", "router", fixed == "router"),
-        **{name: Child(name, "instance") for name in INSTANCES},
+        **{slot.name: Child(slot.name, "instance", role=slot.role) for slot in SLOTS},
     }
-    return Fleet(children, ready_s=100.0, stop_s=8.0)
+    rules = Rules(ready_s=100.0, stop_s=8.0, drain_s=drain_s, restarts_max=3, restart_window_s=100.0)
+    return Fleet(children, rules, SLOTS, declared=True, rng=Steady())
 
 
-def serving() -> Fleet:
-    fleet = new()
+class Steady(random.Random):
+    """No jitter."""
+
+    def random(self) -> float:
+        return 0.0
+
+
+def serving(drain_s: float = 0.0) -> Fleet:
+    fleet = new(drain_s=drain_s)
     step(fleet, Began(), 0.0)
     for name in fleet.children:
         step(fleet, Answered(name, healthy=True), 1.0)
@@ -126,13 +139,65 @@ def test_a_port_the_user_chose_is_not_replaced() -> None:
     assert step(fleet, Exited("controller", 1, port_taken=True), 1.0) == [Finish(1)]
 
 
-def test_a_dead_instance_is_gone_and_the_fleet_goes_on() -> None:
+def test_a_dead_instance_comes_back_ever_more_slowly_until_it_is_given_up() -> None:
+    fleet, now = serving(), 5.0
+    for wait in (0.5, 1.0, 2.0):
+        assert step(fleet, Exited("decode-0", -9), now) == [
+            Note("child.restart", "decode-0", f"decode-0 was ended by SIGKILL; it is started again in {wait:.2g} s")
+        ]
+        assert step(fleet, Tick(), now + wait - 0.01) == []
+        now += wait
+        assert step(fleet, Tick(), now) == [Start("decode-0")]
+    note = (
+        "died 4 times within 100 s (launcher.restarts_max, restart_window_s), last: decode-0 was ended by SIGKILL; "
+        "start it again with: vllm-fleet restart decode-0"
+    )
+    assert step(fleet, Exited("decode-0", -9), now) == [Note("child.given_up", "decode-0", f"decode-0 {note}")]
+    assert (fleet.phase, fleet.children["decode-0"].note) == ("serving", note)
+    assert states(fleet) == {"controller": "ready", "router": "ready", "prefill-0": "ready", "decode-0": "given_up"}
+    assert step(fleet, Tick(), now + 500.0) == []
+
+
+def test_deaths_long_ago_do_not_count() -> None:
+    fleet, now = serving(), 5.0
+    for _ in range(20):
+        assert step(fleet, Exited("decode-0", 1), now)[0] == Note(
+            "child.restart", "decode-0", "decode-0 ended with exit code 1; it is started again in 0.5 s"
+        )
+        step(fleet, Tick(), now + 1.0)
+        step(fleet, Answered("decode-0", healthy=True), now + 2.0)
+        now += 101.0
+    assert states(fleet)["decode-0"] == "ready"
+
+
+def test_those_that_die_together_do_not_start_together() -> None:
     fleet = serving()
-    assert step(fleet, Exited("decode-0", -9), 5.0) == [
-        Note("child.gone", "decode-0", "decode-0 was ended by SIGKILL; the fleet goes on without it")
+    fleet.rng = random.Random(1)
+    for name in ("prefill-0", "decode-0"):
+        step(fleet, Exited(name, 1), 5.0)
+    first, second = (fleet.children[name].restart_at for name in ("prefill-0", "decode-0"))
+    assert first != second
+    assert all(5.5 <= at <= 5.75 for at in (first, second))
+
+
+def test_a_restarted_instance_whose_port_is_taken_gets_another() -> None:
+    fleet = serving()
+    step(fleet, Exited("decode-0", 1), 5.0)
+    step(fleet, Tick(), 5.5)
+    assert step(fleet, Exited("decode-0", 1, "address already in use", port_taken=True), 6.0) == [
+        Note("config.port_retry", "decode-0", "the port of decode-0 was taken; another is tried"),
+        Repick("decode-0"),
+        Start("decode-0"),
     ]
-    assert (fleet.phase, states(fleet)["decode-0"]) == ("serving", "gone")
-    assert step(fleet, Tick(), 50.0) == []
+
+
+def test_a_restarted_instance_that_stays_silent_is_killed_and_tried_again() -> None:
+    fleet = serving()
+    step(fleet, Exited("decode-0", 1), 5.0)
+    step(fleet, Tick(), 5.5)
+    assert Kill("decode-0") in step(fleet, Tick(), 106.0)
+    step(fleet, Exited("decode-0", -9), 106.1)
+    assert states(fleet)["decode-0"] == "restarting"
 
 
 def test_router_and_controller_come_back_ever_more_slowly() -> None:
@@ -190,6 +255,24 @@ def test_stop_does_not_wait_for_those_that_hang() -> None:
     for name in ("router", "prefill-0"):
         assert step(fleet, Exited(name, -9), 18.2) == []
     assert step(fleet, Exited("decode-0", -9), 18.3) == [Finish(0)]
+
+
+def test_running_requests_get_their_time_before_instances_are_stopped() -> None:
+    fleet = serving(drain_s=60.0)
+    assert step(fleet, StopAsked(), 10.0) == [Terminate("router")]
+    text = "running requests get 60 s (launcher.drain_s) to end; a second signal ends them at once"
+    assert step(fleet, Tick(), 11.0) == [Note("fleet.draining", "router", text)]
+    assert step(fleet, Tick(), 69.9) == []
+    assert step(fleet, Tick(), 70.0) == [], "the router says so to those whose time is over"
+    assert step(fleet, Exited("router", 0), 70.5) == [Terminate("prefill-0"), Terminate("decode-0")]
+
+
+def test_a_router_without_requests_is_not_waited_for() -> None:
+    fleet = serving(drain_s=60.0)
+    step(fleet, StopAsked(), 10.0)
+    assert step(fleet, Exited("router", 0), 10.1) == [Terminate("prefill-0"), Terminate("decode-0")]
+    assert step(fleet, Tick(), 18.0) == [Terminate("controller")], "stop_s counts from the router's end"
+    assert step(fleet, Tick(), 18.2) == [Kill("controller"), Kill("prefill-0"), Kill("decode-0")]
 
 
 def test_what_cannot_be_killed_is_named() -> None:

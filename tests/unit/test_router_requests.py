@@ -277,4 +277,6 @@ async def test_a_router_that_stops_says_so() -> None:
         assert json.loads(rest.removeprefix(b"data: "))["error"]["code"] == "router_stopping"
         status, body, headers = await up.post({"prompt": "hi"})
         assert (status, body["error"]["code"]) == (503, "router_stopping")
-        assert headers["retry-after"] == "1"
+        assert (headers["retry-after"], headers["connection"]) == ("1", "close")
+        async with up.http.get(f"{up.router.url}/health") as answer:
+            assert (answer.status, (await answer.json())["status"]) == (503, "stopping")

@@ -15,7 +15,7 @@ from vllm_fleet.router.handoff import Fail, GoOn, Handoff, PassOn, Send, Togethe
 from vllm_fleet.router.openai import Route, parse_request
 from vllm_fleet.router.policies.contract import Candidate
 from vllm_fleet.router.policies.least_load import LeastLoad
-from vllm_fleet.wire.control import Change, Member, Snapshot, State
+from vllm_fleet.wire.control import Change, Desired, Member, Slot, Snapshot, State
 from vllm_fleet.wire.names import Role
 from vllm_fleet.wire.ticket import WorkerAddress
 
@@ -73,6 +73,22 @@ def test_changes_apply_in_order_and_once() -> None:
     assert view.apply(Change(12, member("d", "decode", life=2)), 0.0) == {"d-1"}
     assert view.apply(Change(13, member("d", "decode", "gone", life=2)), 0.0) == {"d-2"}
     assert view.members() == ()
+
+
+def test_a_role_changes_while_requests_run() -> None:
+    view = view_of(member("p", "prefill"), member("d", "decode"), member("e", "decode"))
+    view.begin("e")
+    assert view.apply(Change(11, member("e", "prefill")), 0.0) == set(), "nothing that waits for it ends"
+    assert names(view.prefills(0.0)) == ["e", "p"]
+    assert names(view.decodes(0.0)) == ["d"]
+    assert view.in_flight("e") == 1
+
+
+def test_what_the_fleet_is_to_be_is_not_the_routers_business() -> None:
+    view = view_of(member("d", "decode"))
+    assert view.apply(Desired(11, (Slot("x", "both"),)), 0.0) == set()
+    assert names(view.ready(0.0)) == ["d"]
+    assert view.apply(Change(11, member("d", "decode", "gone")), 0.0) == set(), "of before"
 
 
 def test_members_outlive_a_controller_that_forgot_them() -> None:

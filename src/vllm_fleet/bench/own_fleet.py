@@ -72,7 +72,8 @@ class OwnFleet:
         self.specs = {spec.name: spec for spec in plan.plan(config, facts, place, self.ports)}
         self.token = read_token(run.token_file)
         self.router = self.specs["router"].url
-        self._control = ControlClient(self.specs["controller"].url, bearer(self.token))
+        controllers = [spec.url for spec in self.specs.values() if spec.kind == "controller"]
+        self._control = ControlClient(controllers, bearer(self.token))
         self._ready_s = config.launcher.ready_s
         self._stop_s = config.launcher.stop_s
         self._children: dict[str, ChildProcess] = {}

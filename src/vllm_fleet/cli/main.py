@@ -51,8 +51,16 @@ TransportFlag = Annotated[
     list[str] | None,
     typer.Option("--transport", help="A transport that may be used, best first; may be repeated."),
 ]
+ClusterFlag = Annotated[
+    str | None,
+    typer.Option("--cluster", metavar="ADDRESS", help="A Ray cluster for the instances: ray://HOST:PORT, auto."),
+]
 RunningFlag = Annotated[str, typer.Option("--name", help="Name of the fleet.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TimeoutFlag = Annotated[
+    float, typer.Option("--timeout", metavar="S", min=0, help="Seconds to wait until it is done; 0: do not wait.")
+]
+TIMEOUT_S = 600.0
 
 
 @app.command()
@@ -68,6 +76,7 @@ def up(
     router_port: PortFlag = None,
     host: HostFlag = None,
     transport: TransportFlag = None,
+    cluster: ClusterFlag = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the fleet is ready.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the processes write.")] = False,
     json: JsonFlag = False,
@@ -76,7 +85,7 @@ def up(
     from vllm_fleet.cli import flags
     from vllm_fleet.cli import up as command
 
-    given = flags.collect(model, prefill, decode, both, vllm_arg, env, name, router_port, host, transport)
+    given = flags.collect(model, prefill, decode, both, vllm_arg, env, name, router_port, host, transport, cluster)
     raise typer.Exit(command.run(config, given, detach=detach, verbose=verbose, as_json=json))
 
 
@@ -88,12 +97,77 @@ def status(name: RunningFlag = "default", json: JsonFlag = False) -> None:
     command.run(name, as_json=json)
 
 
-@app.command()
-def down(name: RunningFlag = "default") -> None:
-    """Stop a fleet and remove what it left."""
+@app.command(epilog="Example: vllm-fleet down --timeout 5")
+def down(
+    name: RunningFlag = "default",
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout", metavar="S", min=0, help="Kill what still runs then; requests end before, if they can."
+        ),
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Stop a fleet and remove what it left: running requests end first (launcher.drain_s at most)."""
     from vllm_fleet.cli import down as command
 
-    command.run(name)
+    command.run(name, timeout, as_json=json)
+
+
+@app.command(epilog="Example: vllm-fleet scale prefill=2 decode=3")
+def scale(
+    wanted: Annotated[list[str], typer.Argument(metavar="ROLE=N…", help="prefill=N, decode=N, both=N; others stay.")],
+    name: RunningFlag = "default",
+    timeout: TimeoutFlag = TIMEOUT_S,
+    json: JsonFlag = False,
+) -> None:
+    """Start or stop instances of a fleet that serves; those that stop finish first what they have."""
+    from vllm_fleet.cli import orders as command
+
+    command.scale(name, wanted, timeout, as_json=json)
+
+
+@app.command(epilog="Example: vllm-fleet role prefill-1 decode")
+def role(
+    instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="An instance, as `status` names it.")],
+    to: Annotated[str, typer.Argument(metavar="ROLE", help="prefill, decode or both.")],
+    name: RunningFlag = "default",
+    timeout: TimeoutFlag = TIMEOUT_S,
+    json: JsonFlag = False,
+) -> None:
+    """Use an instance for something else, without a restart; what it has it finishes."""
+    from vllm_fleet.cli import orders as command
+
+    command.role(name, instance, to, timeout, as_json=json)
+
+
+@app.command(epilog="Example: vllm-fleet drain decode-1")
+def drain(
+    instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="An instance, as `status` names it.")],
+    name: RunningFlag = "default",
+    timeout: TimeoutFlag = TIMEOUT_S,
+    json: JsonFlag = False,
+) -> None:
+    """Take one instance out for good: nothing new goes there, what it has it finishes, then it stops."""
+    from vllm_fleet.cli import orders as command
+
+    command.drain(name, instance, timeout, as_json=json)
+
+
+@app.command(epilog="Example: vllm-fleet restart --rolling")
+def restart(
+    instances: Annotated[list[str] | None, typer.Argument(metavar="[INSTANCE…]", help="All, if none is named.")] = None,
+    rolling: Annotated[
+        bool, typer.Option("--rolling", help="One after the other, and never the last ready one of a role.")
+    ] = False,
+    name: RunningFlag = "default",
+    timeout: TimeoutFlag = 4 * TIMEOUT_S,
+    json: JsonFlag = False,
+) -> None:
+    """Start instances anew, once they have finished what they have."""
+    from vllm_fleet.cli import orders as command
+
+    command.restart(name, instances or [], timeout, rolling=rolling, as_json=json)
 
 
 @app.command()
@@ -133,13 +207,14 @@ def explain(
     router_port: PortFlag = None,
     host: HostFlag = None,
     transport: TransportFlag = None,
+    cluster: ClusterFlag = None,
     json: JsonFlag = False,
 ) -> None:
     """Show each setting, and where its value came from."""
     from vllm_fleet.cli import explain as command
     from vllm_fleet.cli import flags
 
-    given = flags.collect(model, prefill, decode, both, vllm_arg, env, name, router_port, host, transport)
+    given = flags.collect(model, prefill, decode, both, vllm_arg, env, name, router_port, host, transport, cluster)
     command.run(config, given, as_json=json)
 
 

@@ -14,7 +14,11 @@ from vllm_fleet.launcher.record import FleetRecord, ProcessRecord
 
 Announce = Callable[[FleetRecord], None]
 REDRAW_S = 0.2
-MARKS = {"waiting": "·", "starting": "…", "ready": "✓", "gone": "✗", "restarting": "…", "stopping": "…", "stopped": "·"}
+MARKS = {
+    "waiting": "·", "starting": "…", "ready": "✓", "draining": "…", "restarting": "…", "given_up": "✗", "gone": "✗",
+    "stopping": "…", "stopped": "·",
+}  # fmt: skip
+TIMED = ("starting", "draining", "stopping", "restarting")
 
 
 def table(record: FleetRecord, states: Mapping[str, str]) -> str:
@@ -54,6 +58,19 @@ class Plain:
                 elif each.state == "ready" and each.name in self._began:
                     took = f" after {max(0.0, each.since - self._began[each.name]):.1f} s"
                 typer.echo(f"{each.name}: {each.state}{took}", err=True)
+        for name in self._states.keys() - {each.name for each in record.processes}:
+            del self._states[name]
+            typer.echo(f"{name}: gone", err=True)
+
+    def begin(self, record: FleetRecord) -> None:
+        """This is how things are: only what changes from here on is news."""
+        self._states = {each.name: each.state for each in record.processes}
+
+    def follow(self, record: FleetRecord) -> None:
+        """Show a fleet that ran before we looked."""
+        if not self._states:
+            self.begin(record)
+        self.show(record)
 
     def note(self, text: str) -> None:
         """Print it."""
@@ -122,5 +139,5 @@ class Live(Plain):
 
 
 def _line(each: ProcessRecord, wall: float) -> str:
-    elapsed = f"{max(0.0, wall - each.since):6.1f} s" if each.state in ("starting", "stopping", "restarting") else ""
+    elapsed = f"{max(0.0, wall - each.since):6.1f} s" if each.state in TIMED else ""
     return f"{MARKS[each.state]} {each.name:<14} {each.state:<10} {elapsed}"

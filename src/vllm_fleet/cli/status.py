@@ -9,6 +9,7 @@ import typer
 from vllm_fleet.cli.progress import table
 from vllm_fleet.config.load import process_environment
 from vllm_fleet.core import limits
+from vllm_fleet.launcher.desired import counts
 from vllm_fleet.launcher.status import status
 from vllm_fleet.launcher.up import run_folder
 
@@ -23,6 +24,11 @@ def run(name: str, *, as_json: bool) -> None:
     else:
         typer.echo(f"fleet '{found.record.fleet}' serves {found.record.model} ({found.record.phase})")
         typer.echo(table(found.record, found.states))
+        if found.record.desired:
+            typer.echo("to be: " + ", ".join(f"{count} {role}" for role, count in counts(found.record.desired).items()))
+        for each in found.record.processes:
+            if each.note:
+                typer.echo(f"{each.name} {each.note}")
         for name, peers in found.below.items():
             for peer, tokens in peers.items():
                 much = "all prompts" if tokens >= limits.TOKENS_MAX else f"prompts of under {tokens} tokens"

@@ -14,8 +14,8 @@ from vllm_fleet.config.load import load, process_environment
 from vllm_fleet.launcher.detach import up_detached
 from vllm_fleet.launcher.record import FleetRecord
 from vllm_fleet.launcher.status import Status
-from vllm_fleet.launcher.supervisor import Outcome
 from vllm_fleet.launcher.up import up
+from vllm_fleet.launcher.view import Outcome
 
 
 def run(file: Path | None, flags: Flags, *, detach: bool, verbose: bool, as_json: bool) -> int:

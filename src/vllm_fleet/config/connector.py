@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vllm_fleet.core.errors import ConfigError
-from vllm_fleet.wire.names import ChecksumMode, FaultKind, Name, Role, TransportName, Url
+from vllm_fleet.wire.names import ChecksumMode, FaultKind, Name, Role, TransportName, Url, Urls
 
 TOKEN_BYTES_MIN = 32
 
@@ -38,7 +38,8 @@ class ConnectorSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Path of the file that holds the fleet's token; readable by its owner only."""
     url: Url | None = None
     """Where this instance answers HTTP; None: it does not register with a controller."""
-    controller: Url | None = None
+    controller: Urls | None = None
+    """Where it registers: one controller, or several of which one leads."""
     host: str = "127.0.0.1"
     transports: tuple[TransportName, ...] = ("auto",)
     checksums: ChecksumMode = "sampled"

@@ -27,6 +27,29 @@ class RouterConfig(Part):
     )
 
 
+class EtcdConfig(Part):
+    """An etcd that keeps the controllers' journal and says which of them leads."""
+
+    endpoints: tuple[str, ...] = Field(
+        ("http://127.0.0.1:2379",),
+        min_length=1,
+        max_length=limits.ETCD_ENDPOINTS_MAX,
+        description="URLs of the etcd's members, all of one cluster",
+    )
+    prefix: str = Field(
+        "/vllm-fleet", min_length=1, max_length=limits.URL_LEN_MAX, description="its keys begin with it"
+    )
+    credentials_file: str | None = Field(
+        None, description="absolute path of a file with one line USER:PASSWORD, readable by its owner only"
+    )
+    ca_file: str | None = Field(None, description="absolute path of the certificates to trust, for https")
+    cert_file: str | None = Field(
+        None, description="absolute path of the client's certificate, where etcd asks for one"
+    )
+    key_file: str | None = Field(None, description="absolute path of that certificate's key")
+    lease_s: int = Field(3, ge=2, le=60, description="a leader that cannot renew its lease for so long is replaced")
+
+
 class ControllerConfig(Part):
     """Membership."""
 
@@ -35,6 +58,13 @@ class ControllerConfig(Part):
     heartbeat_s: float = Field(0.5, gt=0, le=60, description="how often an instance says that it lives")
     suspect_s: float = Field(1.5, gt=0, le=600, description="silence after which an instance is taken out of routing")
     lease_s: float = Field(10.0, gt=0, le=3600, description="silence after which an instance is gone")
+    store: Literal["embedded", "etcd"] = Field(
+        "embedded", description="where the journal is kept: in the run folder, or in an etcd"
+    )
+    replicas: int = Field(
+        1, ge=1, le=limits.CONTROLLERS_MAX, description="controllers, of which one leads; more than one only with etcd"
+    )
+    etcd: EtcdConfig = EtcdConfig()
 
 
 class HandoffConfig(Part):
@@ -110,6 +140,33 @@ class LauncherConfig(Part):
 
     ready_s: float = Field(300.0, gt=0, description="longest time an instance may take to load")
     stop_s: float = Field(8.0, gt=0, description="longest time a process may take to stop before it is killed")
+    drain_s: float = Field(
+        60.0, ge=0, le=3600, description="longest time running requests get when an instance or the fleet is to stop"
+    )
+    restarts_max: int = Field(
+        5, ge=0, le=1000, description="deaths of an instance within restart_window_s after which it stays away"
+    )
+    restart_window_s: float = Field(600.0, gt=0, le=86_400, description="time in which deaths of an instance count")
+
+
+class ClusterConfig(Part):
+    """A running Ray cluster for the instances; docs/ray.md."""
+
+    address: str | None = Field(
+        None,
+        pattern=r"^(auto|(ray://)?[^\s/:]+:[0-9]{1,5}|(ray://)?\[[0-9a-fA-F:.]+\]:[0-9]{1,5})$",
+        description="ray://HOST:PORT, HOST:PORT or auto; none: everything runs on this machine",
+    )
+    cpus: float = Field(1.0, ge=0, le=4096, description="CPUs that an instance asks of its node")
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="further resources of Ray that an instance asks of its node"
+    )
+    prefill_resources: dict[str, float] = Field(
+        default_factory=dict, description="further resources that a prefill instance asks for"
+    )
+    decode_resources: dict[str, float] = Field(
+        default_factory=dict, description="further resources that a decode instance asks for"
+    )
 
 
 class FleetConfig(Part):
@@ -135,3 +192,4 @@ class FleetConfig(Part):
     connector: ConnectorConfig = ConnectorConfig()
     fabric: FabricConfig = FabricConfig()
     launcher: LauncherConfig = LauncherConfig()
+    cluster: ClusterConfig = ClusterConfig()

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from vllm_fleet.config.checks import check_counts, check_faults
+from vllm_fleet.config.checks import check_counts, check_faults, check_store
 from vllm_fleet.config.fleet import FleetConfig, Part
 from vllm_fleet.config.problems import found, sentence
 from vllm_fleet.config.upstream import check_connector
@@ -87,6 +87,7 @@ def load(
     check_counts(config)
     check_connector(config)
     check_faults(config)
+    check_store(config)
     model = given["model"]
     resolved = _resolve_model(config.model, folder if model.folder is None else model.folder)
     if resolved != config.model:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import http.client
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from vllm_fleet.config.connector import ConnectorSettings
@@ -16,7 +16,7 @@ from vllm_fleet.core import log
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import BadRequest, FleetError
 from vllm_fleet.net.control_client import ControlClient
-from vllm_fleet.wire.control import Heartbeat, Register, Registered, ReportedState
+from vllm_fleet.wire.control import Heartbeat, Load, Register, Registered, ReportedState
 from vllm_fleet.wire.ticket import WorkerAddress
 
 CALL_S = 2.0
@@ -28,12 +28,20 @@ HEALTH_S = 0.2
 class Agent:
     """One instance's membership. ``incarnation`` is the engine's id: another after each restart."""
 
-    def __init__(self, settings: ConnectorSettings, token: str, incarnation: str, layout: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        settings: ConnectorSettings,
+        token: str,
+        incarnation: str,
+        layout: Mapping[str, str],
+        load: Callable[[], Load] | None = None,
+    ) -> None:
+        """``load``: how busy the engine is; None where nobody can say."""
         assert settings.controller is not None
         assert settings.url is not None
         self._name, self._role, self._url = settings.name, settings.role, settings.url
         self._client = ControlClient(settings.controller, token)
-        self._incarnation = incarnation
+        self._incarnation, self._load = incarnation, load
         self._fingerprint = dict(layout)
         self._pid = os.getppid()  # the API server, which started this engine
         self._workers: tuple[WorkerAddress, ...] = ()
@@ -87,7 +95,8 @@ class Agent:
             self._registered = self._client.register(hello, deadline)
             log.event("instance.registered", instance=self._name, generation=self._registered.generation)
         else:
-            self._client.heartbeat(self._name, Heartbeat(self._registered.generation, state), deadline)
+            load = None if self._load is None else self._load()
+            self._client.heartbeat(self._name, Heartbeat(self._registered.generation, state, load), deadline)
         return self._registered.heartbeat_s if self._serving else HEALTH_S
 
     def _leave(self) -> None:

@@ -94,7 +94,8 @@ class FleetConnector(KVConnectorBase_V1):
             # Of data-parallel engines behind one URL one registers; which of them gets a request cannot be told
             self._one_engine = parallel.data_parallel_size == 1
             if settings.controller is not None and settings.url is not None and parallel.data_parallel_rank == 0:
-                self._agent = Agent(settings, bearer(self._credentials.token), engine, self._layout)
+                load = self._scheduler.load if self._one_engine else None  # each engine knows its own only
+                self._agent = Agent(settings, bearer(self._credentials.token), engine, self._layout, load)
         else:
             self._worker = WorkerSide(
                 settings,

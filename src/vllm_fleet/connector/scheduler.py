@@ -25,6 +25,7 @@ from vllm_fleet.connector.stats import FleetStats
 from vllm_fleet.core import log
 from vllm_fleet.core.env import Env
 from vllm_fleet.core.errors import BadRequest, FleetError
+from vllm_fleet.wire.control import Load
 from vllm_fleet.wire.ticket import (
     FIELD,
     StreamTicket,
@@ -74,6 +75,8 @@ class SchedulerSide:
         self._prefill = PrefillSide(engine, block_tokens)
         self._wanted: dict[str, _Wanted] = {}
         self._loading: dict[str, _Load] = {}
+        self._unfinished: set[str] = set()
+        self._held: set[str] = set()
         self._next = StepMetadata()
         self._choice = Choice()
         self._quicker = quicker
@@ -83,6 +86,7 @@ class SchedulerSide:
 
     def on_new_request(self, request: Request) -> None:
         """Look at the ticket, if one came. Anything that is not ours is ignored: the prompt is computed here."""
+        self._unfinished.add(request.request_id)
         params = request.kv_transfer_params
         if params is None or not (asks_to_load(params) or (asks_to_hold(params) and FIELD in params)):
             return
@@ -152,7 +156,8 @@ class SchedulerSide:
         )
 
     def on_output(self, output: KVConnectorOutput) -> None:
-        """Count how loads ended; the workers have reported."""
+        """Count how loads ended, and forget what is not held any more; the workers have reported."""
+        self._held.difference_update(output.finished_sending or ())
         stats = output.kv_connector_stats
         if isinstance(stats, FleetStats):
             for _, _, _, wait_s, whole_s, peer, tokens in stats.data["loads"]:
@@ -168,6 +173,7 @@ class SchedulerSide:
 
     def on_finished(self, request: Request, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Whether vLLM keeps the blocks, and what the answer's kv_transfer_params say."""
+        self._unfinished.discard(request.request_id)
         ticket = self._wanted.pop(request.request_id, None)
         if ticket is not None:
             self.outcomes["dropped"] += 1
@@ -183,6 +189,7 @@ class SchedulerSide:
         if held is None:
             return False, None
         self.outcomes["held"] += 1
+        self._held.add(request.request_id)
         if streamed:
             return True, None
         made = Ticket(held.transfer, self._engine, held.tokens, held.prompt, self.workers)
@@ -206,6 +213,10 @@ class SchedulerSide:
         """Whether jobs wait for a step, though no request may need one."""
         step = self._next
         return bool(step.loads or step.releases or step.cancels) or self._prefill.has_jobs
+
+    def load(self) -> Load:
+        """How busy this engine is. Any thread may ask."""
+        return Load(len(self._unfinished), len(self._held))
 
     def take_outcomes(self) -> dict[str, int]:
         """Outcomes counted since the last call."""

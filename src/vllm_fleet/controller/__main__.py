@@ -6,15 +6,16 @@ import argparse
 import asyncio
 import contextlib
 import signal
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvloop
 
 from vllm_fleet.config.connector import bearer, read_token
 from vllm_fleet.controller import engine
-from vllm_fleet.controller.server import ControllerServer
+from vllm_fleet.controller.serving import serve_engine
 from vllm_fleet.controller.settings import ControllerSettings, read_settings
 from vllm_fleet.controller.stores.contract import StoreFailed
 from vllm_fleet.controller.stores.embedded import EmbeddedStore
@@ -28,31 +29,38 @@ async def serve(settings: ControllerSettings, stop: asyncio.Event, started: Call
     """Run one controller until ``stop``; ``started`` is told its URL.
 
     Raises:
-        ConfigError: the token, the state folder or the address cannot be used.
+        ConfigError: the token, the state folder, the etcd or the address cannot be used.
     """
     token = bearer(read_token(settings.token_file))
+    if settings.etcd is not None:
+        from vllm_fleet.controller.leader_server import Elected
+
+        with _listening(settings) as (listener, url):
+            await Elected(settings, token, listener, url, stop, env).serve(lambda: started(url))
+        return
     store = EmbeddedStore(Path(settings.state_dir))
     try:
         try:
             state = engine.restore(store, settings.rules, settings.fleet, env)
         except StoreFailed as error:
             raise ConfigError(f"state_dir: {error}") from error
-        listener = sockets.listen(settings.host, settings.port, setting="controller.port")
-        host, port = listener.getsockname()[:2]
-        running = engine.Engine(state, store, env)
-        server = ControllerServer(running, token, settings.host, env)
-        with contextlib.closing(listener):
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(running.run())
-                try:
-                    await server.start(listener)
-                    started(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-                    await stop.wait()
-                finally:
-                    await server.close()
-                    await running.stop()
+        with _listening(settings) as (listener, url):
+
+            async def stopped() -> None:
+                started(url)
+                await stop.wait()
+
+            await serve_engine(engine.Engine(state, store, env), listener, token, settings.host, env, stopped)
     finally:
         store.close()
+
+
+@contextlib.contextmanager
+def _listening(settings: ControllerSettings) -> Iterator[tuple[socket.socket, str]]:
+    """The listening socket, and the URL that others have of it."""
+    with contextlib.closing(sockets.listen(settings.host, settings.port, setting="controller.port")) as listener:
+        host, port = listener.getsockname()[:2]
+        yield listener, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def run(settings: ControllerSettings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_fleet.controller.state import Entry
-from vllm_fleet.wire.control import Change, ErrorBody, HeartbeatAck, Registered, Snapshot
+from vllm_fleet.wire.control import Change, Desired, Draining, ErrorBody, HeartbeatAck, Registered, Snapshot
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Persist:
 class Broadcast:
     """Tell every watcher about one change."""
 
-    change: Change
+    change: Change | Desired
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Reply:
     """Answer the caller."""
 
     status: int
-    body: Registered | HeartbeatAck | ErrorBody | None = None
+    body: Registered | HeartbeatAck | Draining | Desired | ErrorBody | None = None
 
 
 Effect = Persist | Broadcast | Announce | Save | Reply

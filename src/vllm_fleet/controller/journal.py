@@ -1,7 +1,8 @@
 """The journal's bytes, and the state they stand for. Sans-IO.
 
 A journal is a sequence of records: length (4 bytes), CRC-32 of the payload (4 bytes), payload (msgpack). It opens
-with one Opening and a record for each member and past life at that moment; then each change is one Entry.
+with one Opening, a record for each member and past life at that moment and what the fleet is to be; then each change
+is one Entry.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
+import msgspec.structs
 from msgspec import Struct
 
 from vllm_fleet.controller.state import Entry, FleetState, Rules
 from vllm_fleet.core import limits
 from vllm_fleet.core.errors import ConfigError
-from vllm_fleet.wire.control import Member
+from vllm_fleet.wire.control import Change, Desired, Member
 from vllm_fleet.wire.names import Count, Id, Name
 
 FORMAT = 1
@@ -48,18 +50,56 @@ class Past(Struct, frozen=True, tag="past"):
     left: bool
 
 
-Record = Opening | Kept | Past | Entry
+class Wanted(Struct, frozen=True, tag="wanted"):
+    """What the fleet is to be, before the opening."""
+
+    desired: Desired
+
+
+Record = Opening | Kept | Past | Wanted | Entry
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Record).decode
 
 
+class Mark(Struct, frozen=True):
+    """How far a journal has come. A store may keep it beside the journal, to notice an older copy put in its place."""
+
+    journal: Id
+    revision: Count
+    generation: Count
+
+    def after(self, records: Iterable[Record]) -> Mark:
+        """The mark once ``records`` are saved as well."""
+        journal, revision, generation = self.journal, self.revision, self.generation
+        for record in records:
+            if isinstance(record, Opening):
+                journal, revision, generation = record.journal, record.revision, record.generation
+            elif isinstance(record, Entry):
+                revision = record.change.revision
+                if isinstance(record.change, Change):
+                    generation = max(generation, record.change.member.generation)
+        return Mark(journal, revision, generation)
+
+
+NO_MARK = Mark("", 0, 0)
+
+
 @dataclass(frozen=True)
 class Loaded:
-    """The longest valid prefix of a journal, and how many bytes behind it are not valid."""
+    """The longest valid prefix of a journal, and how many bytes behind it are not valid. ``ahead``: how far the journal
+    had come, where this is less, or another journal.
+    """
 
     records: tuple[Record, ...] = ()
     dropped_bytes: int = 0
+    ahead: Mark | None = None
+
+    def compared(self, mark: Mark) -> Loaded:
+        """With ``ahead`` found out from what was noted when the journal was written."""
+        found = NO_MARK.after(self.records)
+        behind = found.journal != mark.journal or found.revision < mark.revision
+        return replace(self, ahead=mark if mark != NO_MARK and behind else None)
 
 
 def encode_records(records: Iterable[Record]) -> bytes:
@@ -107,6 +147,8 @@ def to_records(state: FleetState) -> list[Record]:
     records: list[Record] = [Opening(state.controller, state.fleet, state.revision, state.generation)]
     records += [Kept(member) for member in state.members.values()]
     records += [Past(name, incarnation, left) for (name, incarnation), left in state.past.items()]
+    if state.desired.revision:  # last: a version that does not know it loses nothing else
+        records.append(Wanted(state.desired))
     return records
 
 
@@ -114,7 +156,9 @@ def restore(loaded: Loaded, rules: Rules, fleet: str, now: float, new_journal: s
     """The state that a journal stands for; an empty one stands for a new fleet, named ``new_journal``.
 
     Everybody gets ``lease_s`` to be heard again. When bytes were dropped, both counters skip as many numbers: a record
-    is longer than one byte, so no number that the lost part may have given out is given out again.
+    is longer than one byte, so no number that the lost part may have given out is given out again. A journal that had
+    come further, as its mark says, goes on from there under the name ``new_journal``: it is not the same history, and
+    every member gets a new generation.
 
     Raises:
         ConfigError: the journal is another fleet's, or of a format this version does not know.
@@ -129,12 +173,33 @@ def restore(loaded: Loaded, rules: Rules, fleet: str, now: float, new_journal: s
         opening.journal, rules, fleet=fleet, revision=opening.revision, generation=opening.generation, ticked=now
     )
     _replay(state, loaded.records[1:], now)
+    if _give_roles(state):
+        state.revision += 1
+        state.history.clear()
     if loaded.dropped_bytes:
         state.revision += loaded.dropped_bytes
         state.generation += loaded.dropped_bytes
         state.history.clear()
+    if loaded.ahead is not None:
+        state.revision = max(state.revision, loaded.ahead.revision)
+        state.generation = max(state.generation, loaded.ahead.generation)
+        state.restart_history(new_journal)
+        for name, member in state.members.items():  # what we forgot may have given them larger ones since
+            state.generation += 1
+            state.members[name] = msgspec.structs.replace(member, generation=state.generation)
     state.grant_restart_grace(now)
     return state
+
+
+def _give_roles(state: FleetState) -> bool:
+    """Whether a member had to be given its slot's role: a crash between what the fleet is to be and the changes that
+    follow from it leaves such a journal.
+    """
+    roles = {slot.name: slot.role for slot in state.desired.instances}
+    others = [m for m in state.members.values() if roles.get(m.name, m.role) != m.role]
+    for member in others:
+        state.members[member.name] = msgspec.structs.replace(member, role=roles[member.name])
+    return bool(others)
 
 
 def _replay(state: FleetState, records: Sequence[Record], now: float) -> None:
@@ -146,3 +211,5 @@ def _replay(state: FleetState, records: Sequence[Record], now: float) -> None:
             state.generation = max(state.generation, record.member.generation)
         elif isinstance(record, Past):
             state.remember(record.name, record.incarnation, record.left)
+        elif isinstance(record, Wanted):
+            state.desired = record.desired

@@ -41,9 +41,10 @@ def on_register(state: FleetState, request: Register, now: float) -> list[Effect
         revision += 1
         effects += _change(revision, with_state(holder, "gone"), required=True)
     revision += 1
+    slot = state.slot(request.name)
     member = Member(
         name=request.name,
-        role=request.role,
+        role=request.role if slot is None else slot.role,
         url=request.url,
         pid=request.pid,
         incarnation=request.incarnation,
@@ -64,6 +65,7 @@ def on_heartbeat(state: FleetState, name: str, beat: Heartbeat, now: float) -> l
     if is_old(held, beat.generation):
         return [_fenced(held, beat.generation)]
     reported = state.heard(name, beat.state, now)
+    state.pulses[name].load = beat.load
     if reported == held.state:
         return [Reply(200, HeartbeatAck(state.revision))]
     revision = state.revision + 1
@@ -81,12 +83,16 @@ def on_deregister(state: FleetState, name: str, generation: int, now: float) -> 
 
 
 def on_tick(state: FleetState, now: float) -> list[Effect]:
-    """Judge silence: suspect, then gone. A pause of this process counts against nobody."""
+    """Judge silence: suspect, then gone. A pause of this process counts against nobody, and while no member at all is
+    heard nobody is gone: then it is this process that is cut off, and its members serve.
+    """
     late_s = now - state.ticked - state.rules.tick_s
     if late_s >= state.rules.suspect_s or now < state.ticked:
         state.grant_fresh_silence(now)
     elif late_s > 0:
         state.shift_silence(late_s, now)
+    if len(state.pulses) > 1 and all(now >= pulse.suspect_at for pulse in state.pulses.values()):
+        state.hold_leases(now)
     state.ticked = now
     state.retry_at = min(state.retry_at, now + limits.JOURNAL_RETRY_S)
     revision = state.revision
@@ -148,8 +154,9 @@ def is_old(held: Member, generation: int) -> bool:
 
 
 def _register_again(state: FleetState, held: Member, request: Register, now: float) -> list[Effect]:
-    said = (request.role, request.url, request.pid, request.fingerprint, request.workers)
-    if said != (held.role, held.url, held.pid, held.fingerprint, held.workers):
+    said = (request.url, request.pid, request.fingerprint, request.workers)
+    other_role = request.role != held.role and not state.desired.revision  # else roles are given, not said
+    if other_role or said != (held.url, held.pid, held.fingerprint, held.workers):
         message = f"incarnation of {held.name} registered before with another role, url, pid, fingerprint or workers"
         return [refuse(409, "incarnation_reused", message)]
     reported = state.heard(held.name, request.state, now)

@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from vllm_fleet.config.etcd import EtcdSettings, check_etcd
 from vllm_fleet.controller.state import Rules
 from vllm_fleet.core import limits
 from vllm_fleet.core.errors import ConfigError
@@ -17,11 +18,15 @@ Seconds = Annotated[float, Meta(gt=0, le=3600)]
 
 
 class ControllerSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """One fleet's controller. ``token_file`` and ``state_dir`` are paths; the journal is kept in ``state_dir``."""
+    """One fleet's controller. ``token_file`` and ``state_dir`` are paths; the journal is kept in ``state_dir`` or in an
+    etcd.
+    """
 
     fleet: Name
     token_file: str
-    state_dir: str
+    state_dir: str = ""
+    etcd: EtcdSettings | None = None
+    """Given: the journal is kept there, and ``state_dir`` is not used."""
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 0
     heartbeat_s: Seconds = 0.5
@@ -52,4 +57,8 @@ def read_settings(path: Path) -> ControllerSettings:
             f"--settings: {path}: heartbeat_s ({settings.heartbeat_s}) must be smaller than suspect_s "
             f"({settings.suspect_s}), and that smaller than lease_s ({settings.lease_s})"
         )
+    if settings.etcd is None and not settings.state_dir:
+        raise ConfigError(f"--settings: {path}: state_dir or etcd must say where the journal is kept")
+    if settings.etcd is not None:
+        check_etcd(settings.etcd)
     return settings

@@ -9,7 +9,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from vllm_fleet.core import limits
-from vllm_fleet.wire.control import Change, Member, ReportedState, Snapshot, State
+from vllm_fleet.wire.control import Change, Desired, Load, Member, ReportedState, Slot, Snapshot, State
 
 REPORTED_ORDER: dict[State, int] = {"starting": 0, "ready": 1, "draining": 2}
 """A life goes through these states in this order only: a late heartbeat cannot turn it back."""
@@ -18,7 +18,7 @@ REPORTED_ORDER: dict[State, int] = {"starting": 0, "ready": 1, "draining": 2}
 class Entry(Struct, frozen=True, tag="entry"):
     """One change as it is saved. ``left``: the member is gone because it said so, so this life never comes back."""
 
-    change: Change
+    change: Change | Desired
     left: bool = False
 
 
@@ -44,6 +44,8 @@ class Pulse:
     reported: ReportedState
     suspect_at: float
     gone_at: float
+    load: Load | None = None
+    """As its last heartbeat said."""
 
 
 @dataclass
@@ -56,7 +58,8 @@ class FleetState:
     revision: int = 0
     generation: int = 0
     members: dict[str, Member] = field(default_factory=dict)
-    history: deque[Change] = field(default_factory=lambda: deque(maxlen=limits.HISTORY_MAX))
+    desired: Desired = field(default_factory=Desired)
+    history: deque[Change | Desired] = field(default_factory=lambda: deque(maxlen=limits.HISTORY_MAX))
     pulses: dict[str, Pulse] = field(default_factory=dict)
     past: dict[tuple[str, str], bool] = field(default_factory=dict)
     """Lives (name, incarnation) that were members. True: it left on purpose; False: it lapsed or was replaced."""
@@ -66,14 +69,20 @@ class FleetState:
 
     def apply(self, entry: Entry, now: float) -> None:
         """Make one change: the only way members, counters and history change."""
-        change, member = entry.change, entry.change.member
+        change = entry.change
         assert change.revision > self.revision, (change.revision, self.revision)
         self.revision = change.revision
-        self.generation = max(self.generation, member.generation)
         self.history.append(change)
+        if isinstance(change, Desired):
+            self.desired = change
+        else:
+            self._apply_member(change.member, entry.left, now)
+
+    def _apply_member(self, member: Member, left: bool, now: float) -> None:
+        self.generation = max(self.generation, member.generation)
         held = self.members.get(member.name)
         if member.state == "gone":
-            self.remember(member.name, member.incarnation, entry.left)
+            self.remember(member.name, member.incarnation, left)
             self.members.pop(member.name, None)
             self.pulses.pop(member.name, None)
             return
@@ -84,6 +93,8 @@ class FleetState:
         pulse = self.pulses.get(member.name)
         if pulse is None or pulse.generation != member.generation:
             self.pulses[member.name] = self._pulse(member, now)
+        elif member.state == "draining":
+            pulse.reported = "draining"  # told to by others: its own heartbeats do not say so
 
     def remember(self, name: str, incarnation: str, left: bool) -> None:
         """Remember a life that was a member, so that it, or a late copy of its registration, pushes nobody out."""
@@ -119,6 +130,11 @@ class FleetState:
             pulse.suspect_at = max(pulse.suspect_at, min(pulse.suspect_at + seconds, now + self.rules.suspect_s))
             pulse.gone_at = max(pulse.gone_at, min(pulse.gone_at + seconds, now + self.rules.lease_s))
 
+    def hold_leases(self, now: float) -> None:
+        """Nobody's lease ends within ``lease_s`` from now."""
+        for pulse in self.pulses.values():
+            pulse.gone_at = max(pulse.gone_at, now + self.rules.lease_s)
+
     def restart_history(self, controller: str) -> None:
         """Give this history another name: revisions from here on are not those of the old name."""
         self.controller = controller
@@ -126,9 +142,13 @@ class FleetState:
 
     def snapshot(self) -> Snapshot:
         """The whole fleet at this revision."""
-        return Snapshot(self.controller, self.revision, tuple(self.members.values()))
+        return Snapshot(self.controller, self.revision, tuple(self.members.values()), self.desired)
 
-    def changes_since(self, revision: int, controller: str | None = None) -> tuple[Change, ...] | None:
+    def slot(self, name: str) -> Slot | None:
+        """What the instance of this name is to be; None when nobody has said."""
+        return next((slot for slot in self.desired.instances if slot.name == name), None)
+
+    def changes_since(self, revision: int, controller: str | None = None) -> tuple[Change | Desired, ...] | None:
         """The changes after ``revision``; None when they are not known, or are of another controller's history."""
         if controller is not None and controller != self.controller:
             return None

@@ -6,6 +6,7 @@ FleetError
 │   ├── Fenced        a later life holds this name: stop acting for it, or come back as a new life
 │   └── NotRegistered the controller does not know this name: register again
 ├── Busy              nobody's fault: try again later
+│   └── NotLeader     another controller leads: ask that one
 ├── PeerGone          the other side is dead or unreachable: try elsewhere
 │   ├── DeadlineExceeded   it did not answer in time: names who, what and which setting to look at
 │   └── LinkError          no link of this transport to this peer: says why
@@ -39,6 +40,16 @@ class NotRegistered(BadRequest):
 
 class Busy(FleetError):
     """A limit is reached; the same call may succeed later."""
+
+
+class NotLeader(Busy):
+    """This controller does not lead its fleet, or not any more. ``leader``: the URL of the one that does, as it said
+    itself; empty when nobody is known to. Believe it only where it is one of your own settings: it gets your token.
+    """
+
+    def __init__(self, message: str, leader: str = "") -> None:
+        super().__init__(message)
+        self.leader = leader
 
 
 class PeerGone(FleetError):

@@ -1,6 +1,9 @@
 """How workers that want to communicate as a group obtain its id: a seam, on whose other side the controller may stand.
 
 Knows nothing of the library whose id it carries: bytes of bounded length, made by one member and given to the others.
+Two implementations: ChannelRendezvous, for a pair that has a connection of its own anyway (a link of the nccl
+transport), needs no controller; ControllerRendezvous (groups/controlled.py) is for any number of workers that know only
+each other's names, and learns when one of them dies.
 """
 
 from __future__ import annotations
@@ -27,6 +30,12 @@ class Meeting:
     epoch: int
     group_id: bytes
     """Opaque, at most limits.NCCL_ID_BYTES_MAX bytes; the same for all members."""
+    members: tuple[str, ...] = ()
+    """Names by rank, where members have names."""
+
+
+class EpochEnded(LinkError):
+    """The group's epoch is over: a member died, failed, left or joined. Abort, and meet for the next one."""
 
 
 class Rendezvous(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -18,13 +19,38 @@ from vllm_fleet.launcher.rundir import HOME_VARIABLE
 from vllm_fleet.launcher.spec import ProcessSpec
 
 BURY_S = 1.0  # for helpers of a dead child to end after SIGKILL
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def prctl(option: int, value: int) -> None:
+    """prctl(2) with one argument; OSError when the kernel refuses."""
+    if _LIBC.prctl(option, ctypes.c_ulong(value), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def own_environment() -> dict[str, str]:
+    """A copy of this process's environment, for a child to inherit; no settings are read from it."""
+    return dict(os.environ)
+
+
+def _tie() -> None:
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class ChildProcess:
     """A running child. Its owner calls ``poll`` until it has ended, then ``bury`` once."""
 
-    def __init__(self, spec: ProcessSpec, log_file: Path, environ: Mapping[str, str]) -> None:
-        """Start it; what it says goes to ``log_file``, which outlives us.
+    node = ""
+    reason = ""
+
+    def __init__(
+        self, spec: ProcessSpec, log_file: Path | None, environ: Mapping[str, str], *, tied: bool = False
+    ) -> None:
+        """Start it; what it says goes to ``log_file``, which outlives us, or where our own output goes.
+
+        ``tied``: the kernel kills it when the thread that calls this ends. Only for processes of one thread.
 
         Raises:
             FleetError: the program or the log cannot be opened.
@@ -33,10 +59,12 @@ class ChildProcess:
         try:
             if spec.tmp is not None:
                 os.makedirs(spec.tmp, mode=0o700, exist_ok=True)
-            with log_file.open("ab") as log:
+            with contextlib.ExitStack() as stack:
+                log = None if log_file is None else stack.enter_context(log_file.open("ab"))
                 self._popen = subprocess.Popen(
-                    spec.argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-                )
+                    spec.argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                    start_new_session=True, preexec_fn=_tie if tied else None,
+                )  # fmt: skip
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in an argument
             raise FleetError(f"cannot start {spec.name}: {error}") from error
         self.spec = spec

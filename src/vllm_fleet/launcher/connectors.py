@@ -22,7 +22,9 @@ from vllm_fleet.wire.control import UPSTREAM_CONNECTOR
 from vllm_fleet.wire.names import Role
 
 KV_ROLES: Mapping[str, str] = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
-"""Whoever loads KV must not be a kv_producer: vLLM then frees blocks that a running step may still read."""
+"""Whoever loads KV must not be a kv_producer: vLLM then frees blocks that a running step may still write (0.32,
+v1/core/sched/scheduler.py, defer_block_free). With our connector everybody is kv_both: its role may change at any time.
+"""
 
 LOOPBACK_DEVICE = "lo"  # Linux
 NIXL_LEASE_S_MIN = 6
@@ -86,7 +88,7 @@ def _one(config: FleetConfig, name: ConnectorName, role: Role, ours: ConnectorSe
         return {
             "kv_connector": "FleetConnector",
             "kv_connector_module_path": "vllm_fleet.connector",
-            "kv_role": KV_ROLES[role],
+            "kv_role": "kv_both",
             "kv_connector_extra_config": msgspec.to_builtins(ours),
         }
     upstream = UPSTREAM[name]
@@ -105,7 +107,7 @@ def _defaults(config: FleetConfig, name: ConnectorName) -> dict[str, Any]:
     return {}
 
 
-def environment(config: FleetConfig, machine: Machine, instance: str, ports: Mapping[str, int]) -> dict[str, str]:
+def environment(config: FleetConfig, machine: Machine, instance: str, ports: Mapping[str, int | str]) -> dict[str, str]:
     """Variables for the connectors of one instance. What the launcher's own environment says goes over UCX_* and time
     limits, but not over ports."""
     inside = names(config)

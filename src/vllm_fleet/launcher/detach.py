@@ -15,8 +15,8 @@ from vllm_fleet.launcher import logs
 from vllm_fleet.launcher.reactor import KILL_GRACE_S
 from vllm_fleet.launcher.record import FleetRecord, read_record
 from vllm_fleet.launcher.rundir import RunDir
-from vllm_fleet.launcher.supervisor import Outcome, View
 from vllm_fleet.launcher.up import SUPERVISOR, check, refuse_orphans, run_folder
+from vllm_fleet.launcher.view import Outcome, View
 
 TURN_S = 0.1
 

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from vllm_fleet.core.errors import DeadlineExceeded, FleetError
+from vllm_fleet.core.errors import Corrupt, DeadlineExceeded, FleetError
 from vllm_fleet.launcher import leftovers, processes
 from vllm_fleet.launcher.reactor import KILL_GRACE_S
 from vllm_fleet.launcher.record import FleetRecord, read_record
@@ -16,8 +16,13 @@ from vllm_fleet.launcher.rundir import RunDir
 ROOM_S = 2.0  # for the supervisor's own end, past the last kill
 
 
-def down(run: RunDir) -> str:
+def down(run: RunDir, timeout_s: float | None = None, show: Callable[[FleetRecord], None] | None = None) -> str:
     """Stop the fleet of this run folder; a sentence about what was done.
+
+    Args:
+        timeout_s: what runs then is killed; by default running requests get launcher.drain_s, and then the processes
+            launcher.stop_s.
+        show: told how it goes, a few times a second.
 
     Raises:
         FleetError: no such fleet runs, or something of it cannot be stopped.
@@ -28,13 +33,19 @@ def down(run: RunDir) -> str:
     name = record.fleet
     if record.supervised() and run.held():
         processes.send(record.supervisor, signal.SIGTERM)
-        patience = record.stop_s + KILL_GRACE_S + ROOM_S
-        if not _wait(lambda: _over(run, record), patience):
+        patience = record.stop_s + KILL_GRACE_S + ROOM_S if timeout_s is None else timeout_s
+
+        def over() -> bool:
+            if show is not None:
+                show(_now(run, record))
+            return _over(run, record)
+
+        if not _wait(over, patience):
             processes.send(record.supervisor, signal.SIGTERM)  # the second one kills at once
             if not _wait(lambda: _over(run, record), KILL_GRACE_S + ROOM_S):
                 processes.kill([record.supervisor], KILL_GRACE_S)
                 sweep(run)
-                return f"fleet '{name}' did not stop within {patience:g} s (launcher.stop_s); it was killed"
+                return f"fleet '{name}' did not stop within {patience:g} s; it was killed"
         return f"fleet '{name}' is down"
     if not record.living():
         run.clear()
@@ -81,6 +92,13 @@ def sweep(run: RunDir) -> int:
         return len(living)
     finally:
         run.release()
+
+
+def _now(run: RunDir, last: FleetRecord) -> FleetRecord:
+    try:
+        return read_record(run) or last
+    except Corrupt:
+        return last
 
 
 def _over(run: RunDir, record: FleetRecord) -> bool:

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from vllm_fleet.wire.control import Desired, Load, Member
+
+Remark = Literal[
+    "child.draining",
+    "child.given_up",
+    "child.restart",
+    "child.waits",
+    "config.port_retry",
+    "drain.cut",
+    "fleet.draining",
+]
+"""Events of core/log.py that are also told to the user."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,31 @@ class Tick:
     """Time has passed."""
 
 
-Event = Began | Answered | Exited | StopAsked | Tick
+@dataclass(frozen=True)
+class Watched:
+    """The fleet as the controller knows it, and what it is to be; after each change of either."""
+
+    desired: Desired
+    members: Mapping[str, Member]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """How Declare went: what the fleet is to be now, or None when the controller could not be told."""
+
+    desired: Desired | None
+
+
+@dataclass(frozen=True)
+class DrainAnswer:
+    """The answer to one AskDrain. ``load`` None: nobody could say how busy it is."""
+
+    name: str
+    told: bool
+    load: Load | None = None
+
+
+Event = Began | Answered | Exited | StopAsked | Tick | Watched | Declared | DrainAnswer
 
 
 @dataclass(frozen=True)
@@ -81,9 +119,30 @@ class Kill:
 class Note:
     """Tell the user and the log."""
 
-    event: Literal["child.gone", "child.restart", "config.port_retry"]
+    event: Remark
     name: str
     text: str
+
+
+@dataclass(frozen=True)
+class Declare:
+    """Tell the controller what the fleet is to be, unless it has been told since; Declared follows."""
+
+
+@dataclass(frozen=True)
+class AskDrain:
+    """Have the controller tell everybody that this life of an instance gets no new requests (no generation: nobody
+    knows it), and ask how busy it is; DrainAnswer follows."""
+
+    name: str
+    generation: int | None
+
+
+@dataclass(frozen=True)
+class Forget:
+    """An instance is no part of the fleet any more: its port and folder are free."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -98,4 +157,4 @@ class Finish:
     code: int
 
 
-Effect = Start | Repick | Probe | Terminate | Kill | Note | Ready | Finish
+Effect = Start | Repick | Probe | Terminate | Kill | Note | Declare | AskDrain | Forget | Ready | Finish

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from pathlib import Path
 
 from vllm_fleet.config.upstream import UPSTREAM
 from vllm_fleet.core.errors import ConfigError
+from vllm_fleet.launcher.gpus import islands_of, parse_names, parse_topology
+
+NVIDIA_SMI_S = 10.0  # it wakes GPUs that sleep
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Machine:
     """Folder of this user for what may be kept between runs."""
     modules: frozenset[str] = frozenset()
     """Those of the modules that upstream connectors need which can be imported."""
+    islands: tuple[frozenset[str], ...] = ()
+    """Those of the GPUs that NVLink joins."""
 
 
 def look(environ: Mapping[str, str]) -> Machine:
@@ -42,7 +48,8 @@ def look(environ: Mapping[str, str]) -> Machine:
     cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-fleet"
     wanted = {one.module for one in UPSTREAM.values() if one.module is not None}
     modules = frozenset(module for module in wanted if importlib.util.find_spec(module) is not None)
-    return Machine(sys.executable, len(os.sched_getaffinity(0)), cpu_build, gpus, environ, str(cache), modules)
+    cores = len(os.sched_getaffinity(0))
+    return Machine(sys.executable, cores, cpu_build, gpus, environ, str(cache), modules, _islands(gpus))
 
 
 def vllm_is_cpu_build() -> bool:
@@ -60,6 +67,23 @@ def vllm_is_cpu_build() -> bool:
             ) from None
         return False
     return True
+
+
+def _islands(gpus: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+    """What NVLink joins, as far as nvidia-smi says so."""
+    if len(gpus) < 2:
+        return ()
+    names = parse_names(_nvidia_smi("--query-gpu=index,uuid", "--format=csv,noheader"))
+    return islands_of(gpus, names, parse_topology(_nvidia_smi("topo", "-m")))
+
+
+def _nvidia_smi(*args: str) -> str:
+    """Its answer; empty where it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(["nvidia-smi", *args], capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
 
 
 def _gpus(environ: Mapping[str, str]) -> tuple[str, ...]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from vllm_fleet.config.connector import ConnectorSettings, FabricFaults
 from vllm_fleet.config.fleet import FaultsConfig, FleetConfig
 from vllm_fleet.core.errors import ConfigError
 from vllm_fleet.launcher import connectors
+from vllm_fleet.launcher.gpus import Gpus, check_enough
 from vllm_fleet.launcher.machine import Machine
-from vllm_fleet.launcher.spec import ProcessSpec
+from vllm_fleet.launcher.spec import Kind, ProcessSpec
 from vllm_fleet.wire.names import Role
 
 INSTANCE_HOST = "127.0.0.1"
@@ -40,6 +40,7 @@ class Place:
     state_folder: str
     tmp: Mapping[str, str]
     """Folder for temporary files of each instance."""
+    instance_host: str = INSTANCE_HOST
 
 
 def instance_names(config: FleetConfig) -> list[tuple[str, Role]]:
@@ -48,6 +49,12 @@ def instance_names(config: FleetConfig) -> list[tuple[str, Role]]:
         ("prefill", config.prefill), ("decode", config.decode), ("both", config.both),
     )  # fmt: skip
     return [(f"{role}-{index}", role) for role, count in counts for index in range(count)]
+
+
+def controller_names(config: FleetConfig) -> list[str]:
+    """Names of the controllers, of which one leads."""
+    replicas = config.controller.replicas
+    return ["controller"] if replicas == 1 else [f"controller-{index}" for index in range(replicas)]
 
 
 def served_name(config: FleetConfig) -> str:
@@ -72,33 +79,46 @@ def plan(config: FleetConfig, machine: Machine, place: Place, ports: Mapping[str
         ConfigError: ``vllm_args`` holds what the launcher must choose, or the machine has too few GPUs.
     """
     check_vllm_args(config)
+    given = gpus_of_all(config, machine)
     names = instance_names(config)
-    devices = assign_gpus(config, machine)
     return (
-        _controller(config, machine, place, ports["controller"]),
-        _router(config, machine, place, ports),
-        *(_instance(config, machine, place, ports, name, role, devices[at]) for at, (name, role) in enumerate(names)),
+        *plan_own(config, machine, place, ports),
+        *(plan_instance(config, machine, place, ports, name, role, given.visible(name)) for name, role in names),
     )
 
 
-def url(host: str, port: int) -> str:
+def plan_own(config: FleetConfig, machine: Machine, place: Place, ports: Mapping[str, int]) -> tuple[ProcessSpec, ...]:
+    """The processes that are ours: controller and router."""
+    controllers = [_controller(config, machine, place, name, ports[name]) for name in controller_names(config)]
+    return (*controllers, _router(config, machine, place, ports))
+
+
+def url(host: str, port: int | str) -> str:
     """``http://host:port``, with brackets around an IPv6 address."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _controller(config: FleetConfig, machine: Machine, place: Place, port: int) -> ProcessSpec:
+def _controllers(config: FleetConfig, ports: Mapping[str, int | str]) -> str | tuple[str, ...]:
+    urls = tuple(url(config.controller.host, ports[name]) for name in controller_names(config))
+    return urls[0] if len(urls) == 1 else urls
+
+
+def _controller(config: FleetConfig, machine: Machine, place: Place, name: str, port: int) -> ProcessSpec:
     part = config.controller
-    settings = {
+    settings: dict[str, Any] = {
         "fleet": config.name,
         "host": part.host,
         "port": port,
         "token_file": place.token_file,
-        "state_dir": place.state_folder,
         "heartbeat_s": part.heartbeat_s,
         "suspect_s": part.suspect_s,
         "lease_s": part.lease_s,
     }
-    return _own_process("controller", machine, place, settings, url(part.host, port))
+    if part.store == "etcd":
+        settings["etcd"] = part.etcd.model_dump(mode="json")
+    else:
+        settings["state_dir"] = place.state_folder
+    return _own_process("controller", name, machine, place, settings, url(part.host, port))
 
 
 def _router(config: FleetConfig, machine: Machine, place: Place, ports: Mapping[str, int]) -> ProcessSpec:
@@ -108,39 +128,41 @@ def _router(config: FleetConfig, machine: Machine, place: Place, ports: Mapping[
         "host": config.router.host,
         "port": port,
         "token_file": place.token_file,
-        "controller": url(config.controller.host, ports["controller"]),
+        "controller": _controllers(config, ports),
         "request_timeout_s": config.router.request_timeout_s,
         "handoff": config.router.handoff,
+        "stop_s": config.launcher.drain_s,
     }
-    return _own_process("router", machine, place, settings, url(config.router.host, port))
+    return _own_process("router", "router", machine, place, settings, url(config.router.host, port))
 
 
 def _own_process(
-    kind: Literal["controller", "router"], machine: Machine, place: Place, settings: Mapping[str, Any], address: str
+    kind: Kind, name: str, machine: Machine, place: Place, settings: Mapping[str, Any], address: str
 ) -> ProcessSpec:
-    file = f"{place.settings_folder}/{kind}.json"
+    file = f"{place.settings_folder}/{name}.json"
     argv = (machine.python, "-m", f"vllm_fleet.{kind}", "--settings", file)
     env = {"PYTHONUNBUFFERED": "1"}
-    return ProcessSpec(kind, kind, kind, argv, address, env, settings, file)
+    return ProcessSpec(name, kind, kind, argv, address, env, settings, file)
 
 
-def _instance(
+def plan_instance(
     config: FleetConfig,
     machine: Machine,
     place: Place,
-    ports: Mapping[str, int],
+    ports: Mapping[str, int | str],
     name: str,
     role: Role,
     gpus: str | None,
 ) -> ProcessSpec:
-    address = url(INSTANCE_HOST, ports[name])
+    """One instance. ``gpus``: its CUDA_VISIBLE_DEVICES; None leaves the environment alone."""
+    address = url(place.instance_host, ports[name])
     connector = ConnectorSettings(
         fleet=config.name,
         name=name,
         role=role,
         token_file=place.token_file,
         url=address,
-        controller=url(config.controller.host, ports["controller"]),
+        controller=_controllers(config, ports),
         host=config.fabric.host,
         transports=config.fabric.transports,
         checksums=config.fabric.checksums,
@@ -153,7 +175,7 @@ def _instance(
     )
     transfer = connectors.transfer_config(config, role, connector)
     argv = [machine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", config.model]
-    argv += ["--host", INSTANCE_HOST, "--port", str(ports[name]), "--kv-transfer-config", json.dumps(transfer)]
+    argv += ["--host", place.instance_host, "--port", str(ports[name]), "--kv-transfer-config", json.dumps(transfer)]
     argv.append("--enable-prompt-tokens-details")
     if option(config.vllm_args, "--served-model-name") is None:
         argv += ["--served-model-name", served_name(config)]
@@ -195,6 +217,8 @@ def _instance_env(
     env = {name: value for name, value in unless_set.items() if name not in machine.environ}
     if gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpus
+        if "CUDA_DEVICE_ORDER" not in machine.environ:
+            env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of nvidia-smi, which told who is joined by NVLink
     if tmp is not None:
         env["TMPDIR"] = tmp
     return env | connector | config.env
@@ -252,21 +276,23 @@ def ranks(args: Sequence[str]) -> int:
     return total
 
 
-def assign_gpus(config: FleetConfig, machine: Machine) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each instance; None leaves it alone (no GPUs, or the user chose in ``env``).
+def gpus_each(config: FleetConfig, role: Role) -> int:
+    """GPUs of an instance with this role."""
+    return ranks(role_args(config, role))
+
+
+def gpus_of_all(config: FleetConfig, machine: Machine) -> Gpus:
+    """The machine's GPUs, given to the instances of the first start in their order; those of nobody where there are
+    none, or the user chose in ``env``.
 
     Raises:
         ConfigError: fewer GPUs than the instances need.
     """
-    names = instance_names(config)
-    if machine.cpu_build or not machine.gpus or "CUDA_VISIBLE_DEVICES" in config.env:
-        return [None] * len(names)
-    needed = [ranks(role_args(config, role)) for _, role in names]
-    if sum(needed) > len(machine.gpus):
-        each = " + ".join(map(str, needed))
-        raise ConfigError(
-            f"{len(names)} instances need {each} = {sum(needed)} GPUs, this machine offers {len(machine.gpus)}; "
-            "start fewer, or set env.CUDA_VISIBLE_DEVICES to let instances share GPUs"
-        )
-    starts = list(accumulate(needed, initial=0))
-    return [",".join(machine.gpus[start : start + count]) for start, count in zip(starts, needed, strict=False)]
+    if machine.cpu_build or "CUDA_VISIBLE_DEVICES" in config.env:
+        return Gpus()
+    gpus = Gpus(machine.gpus, machine.islands)
+    needed = {name: gpus_each(config, role) for name, role in instance_names(config)}
+    check_enough(needed, gpus)
+    for name, count in needed.items():
+        gpus.take(name, count)
+    return gpus

@@ -8,8 +8,9 @@ from pathlib import Path
 from vllm_fleet.config.fleet import FleetConfig
 from vllm_fleet.core.errors import ConfigError
 from vllm_fleet.launcher.connectors import side_port_name, side_ports
-from vllm_fleet.launcher.plan import INSTANCE_HOST, instance_names, is_folder, ranks, role_args
+from vllm_fleet.launcher.plan import INSTANCE_HOST, controller_names, instance_names, is_folder, ranks, role_args
 from vllm_fleet.net import sockets
+from vllm_fleet.wire.names import Role
 
 MODEL_FILES = ("config.json", "params.json")
 """One of these is in every folder vLLM can load: Hugging Face's format, and Mistral's own."""
@@ -40,23 +41,39 @@ def choose_ports(config: FleetConfig) -> tuple[dict[str, int], frozenset[str]]:
     """
     ports: dict[str, int] = {}
     fixed: set[str] = set()
-    for name, host, port in (
-        ("router", config.router.host, config.router.port),
-        ("controller", config.controller.host, config.controller.port),
-    ):
+    controllers = controller_names(config)
+    own = [("router", "router", config.router.host, config.router.port)]
+    for index, name in enumerate(controllers):
+        first = config.controller.port
+        own.append((name, "controller", config.controller.host, first + index if first else 0))
+    for name, key, host, port in own:
         if port:
+            if port > PORT_MAX:
+                raise ConfigError(f"{key}.port: {len(controllers)} controllers need as many ports, up to {port}")
             if port in ports.values():
-                raise ConfigError(f"{name}.port: {port} is also router.port; choose another, or 0 for a free one")
-            sockets.listen(host, port, setting=f"{name}.port").close()
+                raise ConfigError(f"{key}.port: {port} is also router.port; choose another, or 0 for a free one")
+            sockets.listen(host, port, setting=f"{key}.port").close()
             ports[name] = port
             fixed.add(name)
-    for name, host in (("router", config.router.host), ("controller", config.controller.host)):
+    for name, key, host, _ in own:
         if name not in ports:
-            ports[name] = _free(host, f"{name}.host", ports)
+            ports[name] = _free(host, f"{key}.host", ports)
     for name, role in instance_names(config):
-        ports[name] = _free(INSTANCE_HOST, "instances", ports)
-        _lease_side(ports, name, config.fabric.host, side_ports(config, role, ranks(role_args(config, role))))
+        add_ports(ports, config, name, role)
     return ports, frozenset(fixed)
+
+
+def add_ports(ports: dict[str, int], config: FleetConfig, name: str, role: Role) -> None:
+    """Free ports for one more instance."""
+    ports[name] = _free(INSTANCE_HOST, "instances", ports)
+    _lease_side(ports, name, config.fabric.host, side_ports(config, role, ranks(role_args(config, role))))
+
+
+def drop_ports(ports: dict[str, int], name: str) -> None:
+    """An instance's ports are free."""
+    ports.pop(name, None)
+    for side in [other for other in ports if other.startswith(side_port_name(name, 0)[:-1])]:
+        del ports[side]
 
 
 def choose_again(ports: dict[str, int], name: str, side_host: str) -> None:

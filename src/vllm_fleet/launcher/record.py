@@ -13,9 +13,13 @@ from vllm_fleet.launcher.leftovers import Leftover
 from vllm_fleet.launcher.processes import ProcessId, alive, boot_id
 from vllm_fleet.launcher.rundir import RunDir
 from vllm_fleet.launcher.spec import Kind
+from vllm_fleet.wire.control import Slot
 
 Phase = Literal["starting", "serving", "stopping", "stopped", "failed"]
-ChildState = Literal["waiting", "starting", "ready", "restarting", "gone", "stopping", "stopped"]
+ChildState = Literal[
+    "waiting", "starting", "ready", "draining", "restarting", "given_up", "gone", "stopping", "stopped"
+]
+"""``draining``: gets no new requests, stops when it is idle. ``given_up``: died too often."""
 
 
 class ProcessRecord(Struct, frozen=True):
@@ -33,6 +37,21 @@ class ProcessRecord(Struct, frozen=True):
     tree: tuple[ProcessId, ...] = ()
     leftovers: tuple[Leftover, ...] = ()
     tmp: str | None = None
+    ordered: int = 0
+    """How many restarts had been asked for when it was started."""
+    note: str = ""
+    """Why it does not run, in a sentence."""
+    node: str = ""
+    """Address of the cluster's node it runs on; empty: beside the supervisor."""
+
+
+class GpuRecord(Struct, frozen=True):
+    """The GPUs that are given out here."""
+
+    total: int
+    free: int
+    each: dict[str, int]
+    """How many an instance of a role gets."""
 
 
 class FleetRecord(Struct, frozen=True):
@@ -50,10 +69,22 @@ class FleetRecord(Struct, frozen=True):
     """Why it failed, in a sentence."""
     lines: tuple[str, ...] = ()
     """The lines of the failed process's log that matter."""
+    revision: int = 0
+    """Of what the fleet is to be, as far as the supervisor knows it."""
+    desired: tuple[Slot, ...] = ()
+    """What the fleet is to be."""
+    roles_fixed: bool = False
+    """Instances keep the role they were started with."""
+    gpus: GpuRecord | None = None
+    """None: the launcher gives none out."""
 
     def url(self, kind: Kind) -> str:
-        """Where the router or the controller answers."""
-        return next(each.url for each in self.processes if each.kind == kind)
+        """Where the router or the (first) controller answers."""
+        return self.urls(kind)[0]
+
+    def urls(self, kind: Kind) -> list[str]:
+        """Where all of a kind answer."""
+        return [each.url for each in self.processes if each.kind == kind]
 
     def supervised(self) -> bool:
         """Whether the supervisor that wrote this still runs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Registrar:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def began(self, spec: ProcessSpec, pid: int, controller: str) -> None:
+    def began(self, spec: ProcessSpec, pid: int, controller: Sequence[str]) -> None:
         """A process was started; nothing happens when it registers itself."""
         if spec.fingerprint is None:
             return

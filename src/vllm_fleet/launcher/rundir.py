@@ -108,7 +108,7 @@ class RunDir:
             for folder in (self.settings_folder, self.state_folder, self.tmp_folder):
                 folder.mkdir(mode=0o700)
             self.write_private(self.token_file, secrets.token_hex(32).encode())
-            return {name: self._make_tmp(name) for name in instances}
+            return {name: self.make_tmp(name) for name in instances}
         except OSError as error:
             raise FleetError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
 
@@ -141,10 +141,11 @@ class RunDir:
         if not keep_record:
             self.record_file.unlink(missing_ok=True)
 
-    def _make_tmp(self, name: str) -> str:
+    def make_tmp(self, name: str) -> str:
+        """A folder for one instance's temporary files; a process's end removes it, a start makes it again."""
         folder = self.tmp_folder / name
         if len(os.fsencode(folder)) + _IPC_NAME_LEN <= limits.SOCKET_PATH_LEN_MAX:
-            folder.mkdir(mode=0o700)
+            folder.mkdir(mode=0o700, exist_ok=True)
             return str(folder)
         return tempfile.mkdtemp(prefix="fleet-")
 

@@ -26,6 +26,11 @@ class ProcessSpec:
     settings_file: str | None = None
     tmp: str | None = None
     """Its own folder for temporary files, removed after its death."""
+    needs: Mapping[str, float] | None = None
+    """Resources it holds on a node of the cluster; None: it runs beside the supervisor. Words of ``hosts.late`` in
+    ``argv``, ``env``, ``url`` and ``tmp`` are replaced where it runs."""
+    sides: int = 0
+    """On a cluster: consecutive ports beside its own."""
     fingerprint: Mapping[str, str] | None = None
     """For instances that the supervisor registers with the controller: what to say; None: they register themselves."""
 

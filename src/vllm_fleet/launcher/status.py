@@ -6,17 +6,16 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from vllm_fleet.config.connector import bearer, read_token
 from vllm_fleet.core.deadline import Deadline
-from vllm_fleet.core.errors import ConfigError, Corrupt, PeerGone
+from vllm_fleet.core.errors import Corrupt, FleetError, PeerGone
 from vllm_fleet.launcher import ask
+from vllm_fleet.launcher.desired import counts
 from vllm_fleet.launcher.down import not_running
 from vllm_fleet.launcher.processes import alive
 from vllm_fleet.launcher.record import FleetRecord, ProcessRecord, read_record
 from vllm_fleet.launcher.rundir import RunDir
-from vllm_fleet.wire import control
+from vllm_fleet.net.control_client import ControlClient
 
 CONTROLLER_S = 3.0
 METRICS_S = 1.0
@@ -38,7 +37,7 @@ class Status:
         """What ``status --json`` prints."""
         return {
             "router": {"url": self.record.url("router")},
-            "controller": {"url": self.record.url("controller")},
+            "controller": _controllers(self.record.urls("controller")),
             "instances": [
                 {
                     "name": each.name,
@@ -46,11 +45,14 @@ class Status:
                     "url": each.url,
                     "pid": None if each.id is None else each.id.pid,
                     "state": self.states[each.name],
+                    **({"node": each.node} if each.node else {}),
+                    "note": each.note,
                     "computes_below_tokens": self.below.get(each.name, {}),
                 }
                 for each in self.record.processes
                 if each.kind == "instance"
             ],
+            "desired": counts(self.record.desired),
         }
 
 
@@ -72,9 +74,10 @@ def status(run: RunDir) -> Status:
     members: dict[str, str] = {}
     try:
         members = _members(run, record)
-    except (PeerGone, Corrupt, ConfigError) as error:
+    except FleetError as error:
         remarks.append(f"the controller does not answer ({error}); states are the supervisor's, from {run.record_file}")
-    states = {each.name: _state(each, members) for each in record.processes}
+    supervised = record.supervised()
+    states = {each.name: _state(each, members, supervised) for each in record.processes}
     below = {
         each.name: _below(each.url)
         for each in record.processes
@@ -96,21 +99,19 @@ def _below(url: str) -> dict[str, int]:
 
 
 def _members(run: RunDir, record: FleetRecord) -> dict[str, str]:
-    token = read_token(run.token_file)
-    url = f"{record.url('controller')}/v1/members"
-    deadline = Deadline.after(CONTROLLER_S, "none")
-    code, body = ask.get(url, deadline, {"Authorization": f"Bearer {bearer(token)}"})
-    if code != 200:
-        raise Corrupt(f"{url} answered {code}")
-    try:
-        return {member.name: member.state for member in control.decode_snapshot(body).members}
-    except msgspec.MsgspecError as error:
-        raise Corrupt(f"{url} answered what is no list of members: {error}") from error
+    client = ControlClient(record.urls("controller"), bearer(read_token(run.token_file)))
+    return {member.name: member.state for member in client.snapshot(Deadline.after(CONTROLLER_S, "none")).members}
 
 
-def _state(each: ProcessRecord, members: dict[str, str]) -> str:
-    if each.state in ("waiting", "gone", "restarting", "stopping", "stopped"):
+def _controllers(urls: list[str]) -> dict[str, Any]:
+    """``urls`` only where there are several, of which one leads."""
+    return {"url": urls[0]} if len(urls) == 1 else {"url": urls[0], "urls": urls}
+
+
+def _state(each: ProcessRecord, members: dict[str, str], supervised: bool) -> str:
+    if each.state not in ("starting", "ready"):
         return each.state
-    if each.id is None or not alive(each.id):
+    # On a cluster a process dies with its supervisor, and pids mean nothing here.
+    if not supervised if each.node else each.id is None or not alive(each.id):
         return "gone"
     return members.get(each.name, each.state) if each.kind == "instance" else each.state

@@ -1,7 +1,4 @@
-"""The shell around launcher.reactor: one loop that gathers events, lets the reactor decide and does what it says.
-
-Signal handlers only append to a list; the loop takes them from there.
-"""
+"""The shell around launcher.reactor: one loop that gathers events, lets the reactor decide and does what it says."""
 
 from __future__ import annotations
 
@@ -9,86 +6,60 @@ import contextlib
 import os
 import queue
 import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from types import FrameType
-from typing import Protocol
 
-from vllm_fleet.config.fleet import LauncherConfig
 from vllm_fleet.core import limits, log
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import FleetError
-from vllm_fleet.launcher import ask, events, logs, preflight, processes, reactor
-from vllm_fleet.launcher.child import ChildProcess
+from vllm_fleet.launcher import ask, events, logs, processes, reactor, signals
+from vllm_fleet.launcher.fleet import Child, Fleet, Rules, role_of
+from vllm_fleet.launcher.hosts.contract import Handle, Launcher
+from vllm_fleet.launcher.hosts.local import LocalLauncher
+from vllm_fleet.launcher.link import Link
+from vllm_fleet.launcher.planner import Planner
 from vllm_fleet.launcher.processes import ProcessId
-from vllm_fleet.launcher.reactor import Child, Fleet
-from vllm_fleet.launcher.record import FleetRecord, ProcessRecord, write_record
+from vllm_fleet.launcher.record import FleetRecord, GpuRecord, ProcessRecord, write_record
 from vllm_fleet.launcher.registrar import Registrar
 from vllm_fleet.launcher.rundir import RunDir
 from vllm_fleet.launcher.spec import ProcessSpec
+from vllm_fleet.launcher.view import Outcome, View
+from vllm_fleet.wire.names import ROLES
 
 TURN_S = 0.05
 SERVING_TURN_S = 0.2
 REMEMBER_EVERY_S = 5.0
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-Planner = Callable[[Mapping[str, int]], tuple[ProcessSpec, ...]]
-
-
-class View(Protocol):
-    """Shows a fleet to whoever started it. Called from the supervisor's loop: it must not block."""
-
-    def show(self, record: FleetRecord) -> None:
-        """The fleet now; called at every change and a few times a second."""
-
-    def note(self, text: str) -> None:
-        """Something happened that the user should read."""
-
-    def output(self, name: str, line: str) -> None:
-        """A line that a process wrote."""
-
-    def ready(self, record: FleetRecord) -> None:
-        """Every process answers."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the fleet ended."""
-
-    code: int
-    reason: str = ""
-    lines: tuple[str, ...] = ()
-    """The lines of the failed process's log that matter."""
-    log: str = ""
-    """That log."""
 
 
 class Supervisor:
     """Runs one fleet from the first start to the last death. The caller holds the run folder's lock."""
 
     def __init__(
-        self, run: RunDir, planner: Planner, ports: Mapping[str, int], fixed: frozenset[str],
-        settings: LauncherConfig, model: str, environ: Mapping[str, str], view: View, *, verbose: bool = False,
-        side_host: str = "127.0.0.1",
+        self, run: RunDir, planner: Planner, fixed: frozenset[str], rules: Rules, model: str,
+        environ: Mapping[str, str], view: View, *, verbose: bool = False, launcher: Launcher | None = None,
     ) -> None:  # fmt: skip
-        """``side_host`` is where ports that instances need beside their own are chosen."""
-        self._run, self._planner, self._ports, self._view = run, planner, dict(ports), view
-        self._environ, self._model, self._verbose, self._side_host = environ, model, verbose, side_host
-        self._specs = {spec.name: spec for spec in planner(self._ports)}
+        """``fixed``: processes whose port the user chose. ``launcher``: None starts all of them on this machine."""
+        self._run, self._planner, self._view = run, planner, view
+        self._model, self._verbose = model, verbose
+        self._launcher: Launcher = LocalLauncher(environ) if launcher is None else launcher
+        slots = planner.first()
+        self._specs = {spec.name: spec for spec in planner.own()}
         children = {name: Child(name, spec.kind, name in fixed) for name, spec in self._specs.items()}
-        self._fleet = Fleet(children, settings.ready_s, settings.stop_s)
-        self._running: dict[str, ChildProcess] = {}
+        children |= {slot.name: Child(slot.name, "instance", role=slot.role) for slot in slots}
+        self._fleet = Fleet(children, rules, slots, planner.gpus, planner.gpus_of)
+        self._running: dict[str, Handle] = {}
+        self._unplaced: set[str] = set()
+        """Those of them that run elsewhere, it is not known where."""
         self._pids: dict[str, ProcessId] = {}
         self._since: dict[str, tuple[str, float]] = {}
         self._signals: list[int] = []
-        self._answers: queue.SimpleQueue[events.Answered] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[events.Event] = queue.SimpleQueue()
         self._followers = {name: logs.Follower(run.log_file(name)) for name in self._specs} if verbose else {}
         self._probers = ThreadPoolExecutor(limits.PROBES_MAX, "fleet-probe")
         self._registrar = Registrar(run.token_file)
+        self._link = Link(run.token_file, self._answers.put)
         self._lines: tuple[str, ...] = ()
         self._code: int | None = None
         self._remember_at = 0.0
@@ -96,6 +67,8 @@ class Supervisor:
         me = processes.identify(os.getpid())
         assert me is not None
         self._me, self._boot = me, processes.boot_id()
+        for slot in slots:
+            self._plan(slot.name)
 
     def stop(self) -> None:
         """Ask for the stop, as a signal would; a second time kills at once. Any thread may call it."""
@@ -105,7 +78,7 @@ class Supervisor:
         """Start the fleet and stay until it has ended; nothing of it is left then."""
         for name in self._specs:
             self._run.rotate_log(name)
-        with self._handlers():
+        with signals.noted(self._signals):
             try:
                 self._take(events.Began())
                 while self._code is None:
@@ -113,6 +86,7 @@ class Supervisor:
             finally:
                 self._last_resort()
                 self._registrar.close()
+                self._link.close()
                 self._probers.shutdown(cancel_futures=True)
         fleet = self._fleet
         self._show_output()
@@ -129,6 +103,8 @@ class Supervisor:
         while self._signals and self._code is None:
             self._signals.pop(0)
             self._take(events.StopAsked())
+        for name in tuple(self._unplaced):
+            self._placed(name)
         for name in [name for name, child in self._running.items() if child.poll()]:
             if self._code is None:
                 self._take(self._bury(name))
@@ -154,8 +130,10 @@ class Supervisor:
             case events.Start(name):
                 return self._start(name)
             case events.Repick(name):
-                preflight.choose_again(self._ports, name, self._side_host)
-                self._specs = {spec.name: spec for spec in self._planner(self._ports)}
+                self._planner.repick(name)
+                self._specs |= {spec.name: spec for spec in self._planner.own()}  # others may name its port
+            case events.Probe(name) if name in self._unplaced:
+                return events.Answered(name, False)
             case events.Probe(name):
                 # A router that came back answers 503 while no instance is left: it is up, and not to be killed for it.
                 back = self._fleet.children[name].was_ready
@@ -167,6 +145,13 @@ class Supervisor:
             case events.Note(event, name, text):
                 log.warn(event, child=name, reason=text)
                 self._view.note(text)
+            case events.Declare():
+                self._link.start(self._controller_urls())
+                self._link.declare(self._fleet.slots)
+            case events.AskDrain(name, generation):
+                self._link.ask_drain(name, generation, self._specs[name].url, self._router_url())
+            case events.Forget(name):
+                self._forget(name)
             case events.Ready():
                 self._remember()
                 self._publish()
@@ -176,25 +161,56 @@ class Supervisor:
         return None
 
     def _start(self, name: str) -> events.Event | None:
-        spec = self._specs[name]
         try:
+            spec = self._plan(name)
             if spec.settings is not None and spec.settings_file is not None:
                 self._run.write_settings(spec.settings_file, spec.settings)
-            child = ChildProcess(spec, self._run.log_file(name), self._environ)
+            child = self._launcher.start(spec, self._run.log_file(name))
         except (FleetError, OSError) as error:
             return events.Exited(name, None, str(error))
         self._running[name] = child
-        self._pids[name] = child.id
-        self._registrar.began(spec, child.pid, self._controller_url())
-        log.event("child.start", child=name, pid=child.pid)
+        self._pids.pop(name, None)
+        self._unplaced.add(name)
+        self._placed(name)
         self._publish()
         return None
 
-    def _controller_url(self) -> str:
-        return next(spec.url for spec in self._specs.values() if spec.kind == "controller")
+    def _placed(self, name: str) -> None:
+        """Where it runs is known now: at once here, after a while on a cluster."""
+        child = self._running[name]
+        if child.spec is None:
+            return
+        self._unplaced.discard(name)
+        self._specs[name] = child.spec
+        if child.id is not None:
+            self._pids[name] = child.id
+        self._registrar.began(child.spec, child.pid, self._controller_urls())
+        log.event("child.start", child=name, pid=child.pid, node=child.node)
+
+    def _plan(self, name: str) -> ProcessSpec:
+        """How to start it now; an instance's role and GPUs may be others than last time."""
+        child = self._fleet.children[name]
+        if child.kind == "instance":
+            gpus = self._fleet.gpus.visible(name)
+            self._specs[name] = self._planner.instance(name, role_of(child), gpus)
+            if self._verbose and name not in self._followers:
+                self._followers[name] = logs.Follower(self._run.log_file(name))
+        return self._specs[name]
+
+    def _forget(self, name: str) -> None:
+        self._planner.forget(name)
+        for known in (self._specs, self._pids, self._since, self._followers):
+            known.pop(name, None)
+
+    def _controller_urls(self) -> list[str]:
+        return [spec.url for spec in self._specs.values() if spec.kind == "controller"]
+
+    def _router_url(self) -> str | None:
+        return next((spec.url for spec in self._specs.values() if spec.kind == "router"), None)
 
     def _bury(self, name: str) -> events.Exited:
         self._registrar.ended(name)
+        self._unplaced.discard(name)
         child = self._running.pop(name)
         code = child.bury()
         lines = logs.tail(self._run.log_file(name))
@@ -202,7 +218,8 @@ class Supervisor:
             lines = lines[-limits.LOG_END_LINES :]
         picked = logs.why(lines)
         log.event("child.exit", child=name, pid=child.pid, code=code)
-        return events.Exited(name, code, logs.summary(picked) if code > 0 else "", logs.port_taken(picked))
+        reason = child.reason or (logs.summary(picked) if code > 0 else "")
+        return events.Exited(name, code, reason, logs.port_taken(picked))
 
     def _probe(self, name: str, url: str, any_status: bool) -> None:
         healthy = ask.healthy(url, Deadline.after(limits.PROBE_S, "limits.PROBE_S"), any_status=any_status)
@@ -241,21 +258,27 @@ class Supervisor:
     def _record(self) -> FleetRecord:
         fleet = self._fleet
         records = tuple(self._process_record(child) for child in fleet.children.values())
+        stop_s = fleet.rules.drain_s + fleet.rules.stop_s
+        gpus = fleet.gpus
+        each: dict[str, int] = {role: fleet.gpus_of(role) for role in ROLES} if gpus.managed else {}
         return FleetRecord(
-            self._run.folder.name, self._model, self._boot, self._me, fleet.phase, fleet.stop_s, records,
-            fleet.reason, self._lines,
+            self._run.folder.name, self._model, self._boot, self._me, fleet.phase, stop_s, records,
+            fleet.reason, self._lines, fleet.revision, fleet.slots, fleet.rules.roles_fixed,
+            GpuRecord(len(gpus.all), len(gpus.free), each) if gpus.managed else None,
         )  # fmt: skip
 
     def _process_record(self, child: Child) -> ProcessRecord:
-        name, spec, running = child.name, self._specs[child.name], self._running.get(child.name)
+        name, spec, running = child.name, self._specs.get(child.name), self._running.get(child.name)
         state, since = self._since.get(name, ("", 0.0))
         if state != child.state:
             since = time.time()
             self._since[name] = (child.state, since)
         tree, left = (running.tree, running.leftovers) if running is not None else (set(), set())
         return ProcessRecord(
-            name, spec.kind, spec.role, spec.url, child.state, since, str(self._run.log_file(name)),
-            self._pids.get(name), tuple(sorted(tree)), tuple(sorted(left, key=lambda one: one.path)), spec.tmp,
+            name, child.kind, child.role or child.kind, "" if spec is None else spec.url, child.state, since,
+            str(self._run.log_file(name)), self._pids.get(name), tuple(sorted(tree)),
+            tuple(sorted(left, key=lambda one: one.path)), None if spec is None else spec.tmp,
+            child.ordered, child.note, "" if running is None else running.node,
         )  # fmt: skip
 
     def _last_resort(self) -> None:
@@ -269,18 +292,3 @@ class Supervisor:
             if child.poll():
                 child.bury()
                 del self._running[name]
-
-    @contextlib.contextmanager
-    def _handlers(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {signum: signal.signal(signum, self._on_signal) for signum in SIGNALS}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        self._signals.append(signum)

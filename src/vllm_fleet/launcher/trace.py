@@ -10,14 +10,14 @@ import msgspec
 
 from vllm_fleet.config.connector import bearer, read_token
 from vllm_fleet.core.deadline import Deadline
-from vllm_fleet.core.errors import BadRequest, Corrupt, FleetError, PeerGone
+from vllm_fleet.core.errors import BadRequest, Corrupt, FleetError
 from vllm_fleet.fabric.endpoint import ask as ask_worker
 from vllm_fleet.launcher import ask
 from vllm_fleet.launcher.down import not_running
 from vllm_fleet.launcher.record import read_record
 from vllm_fleet.launcher.rundir import RunDir
 from vllm_fleet.net.channel import Credentials, connect
-from vllm_fleet.wire import control
+from vllm_fleet.net.control_client import ControlClient
 from vllm_fleet.wire import fabric as wire
 from vllm_fleet.wire.handoff import TraceRecord
 from vllm_fleet.wire.ticket import WorkerAddress
@@ -78,7 +78,8 @@ def trace(run: RunDir, request_id: str) -> Trace:
     workers: dict[str, list[TraceRecord]] = {}
     remarks: list[str] = []
     try:
-        members = _members(f"{record.url('controller')}/v1/members", authorized, deadline)
+        snapshot = ControlClient(record.urls("controller"), bearer(token)).snapshot(deadline)
+        members = {member.name: member for member in snapshot.members}
     except FleetError as error:
         return Trace(router, {}, (f"the controller does not answer: {error}",))
     for name, suffix in ((router.prefill, "-p"), (router.decode, "")):
@@ -94,13 +95,6 @@ def trace(run: RunDir, request_id: str) -> Trace:
         except FleetError as error:
             remarks.append(f"{name} does not answer: {error}")
     return Trace(router, workers, tuple(remarks))
-
-
-def _members(url: str, headers: dict[str, str], deadline: Deadline) -> dict[str, control.Member]:
-    code, body = ask.get(url, deadline, headers)
-    if code != 200:
-        raise PeerGone(f"{url} answered {code}")
-    return {member.name: member for member in control.decode_snapshot(body).members}
 
 
 def _records(worker: WorkerAddress, credentials: Credentials, request_id: str, deadline: Deadline) -> list[TraceRecord]:

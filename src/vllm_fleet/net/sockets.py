@@ -5,10 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import resource
 import socket
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import ConfigError, PeerGone
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 def is_wildcard(host: str) -> bool:
@@ -49,6 +56,21 @@ def listen(host: str, port: int, *, setting: str, backlog: int = 128, allow_wild
     return listener
 
 
+async def serve(listener: socket.socket, protocol: Callable[[], asyncio.Protocol], backlog: int) -> asyncio.Server:
+    """Let the event loop accept on ``listener``, a protocol for each connection; the server then owns the socket."""
+    import asyncio  # threads that only dial do not pay for it
+
+    return await asyncio.get_running_loop().create_server(protocol, sock=listener, backlog=backlog)
+
+
+def allow_many() -> int:
+    """Let this process have as many files and sockets open as it may, and say how many: the usual 1,024 are few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
+
+
 def free_port(host: str) -> int:
     """A TCP port of ``host`` that is free now; another process may take it before it is used."""
     with contextlib.closing(listen(host, 0, setting="free_port")) as probe:
@@ -70,3 +92,26 @@ def dial(host: str, port: int, deadline: Deadline) -> socket.socket:
         raise PeerGone(f"cannot connect to {host}:{port}: {error.strerror or error}") from error
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connected
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is reached from its own machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def local_address(peer: str) -> str:
+    """This machine's address on the way to ``peer``; nothing is sent.
+
+    Raises:
+        PeerGone: there is no way.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise PeerGone(f"there is no way from here to {peer}: {error.strerror or error}") from error

@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import aiohttp
 
 from vllm_fleet.core import limits, log
-from vllm_fleet.core.errors import Corrupt, PeerGone
-from vllm_fleet.wire.control import Change, Snapshot, StillHere, WatchEvent, decode_watch_event
+from vllm_fleet.core.errors import Corrupt, NotLeader, PeerGone
+from vllm_fleet.net.candidates import Candidates
+from vllm_fleet.wire.control import News, Snapshot, StillHere, WatchEvent, decode_error, decode_watch_event
 
-OnEvent = Callable[[Snapshot | Change], None]
+OnEvent = Callable[[News], None]
 
 
-async def watch(url: str, bearer: str, on_event: OnEvent) -> None:
+async def watch(urls: str | Sequence[str], bearer: str, on_event: OnEvent) -> None:
     """Call ``on_event`` with a Snapshot, then each Change in order; with a Snapshot again where changes were missed.
 
-    Ends only by cancellation (or by what ``on_event`` raises): an unreachable controller is logged once per outage and
-    tried again, with pauses of WATCH_BACKOFF_S_MAX at most.
+    Of several controllers the one that leads is watched. Ends only by cancellation (or by what ``on_event`` raises): an
+    outage is logged once and they are tried again, with pauses of WATCH_BACKOFF_S_MAX at most.
     """
     follower = Follower(on_event)
+    candidates = Candidates(urls)
     rng = random.Random()
     failures = 0
     timeout = aiohttp.ClientTimeout(
@@ -31,6 +33,7 @@ async def watch(url: str, bearer: str, on_event: OnEvent) -> None:
     headers = {"Authorization": f"Bearer {bearer}"}
     async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
         while True:
+            url = candidates.order()[0]
             try:
                 async with contextlib.aclosing(_stream(session, url, follower.resume())) as events:
                     async for event in events:
@@ -39,15 +42,18 @@ async def watch(url: str, bearer: str, on_event: OnEvent) -> None:
                         failures = 0
                         follower.take(event)
                 pause_s = limits.WATCH_BACKOFF_S_MIN  # it ended in order: the controller stops, or cut us off
-            except PeerGone as error:
+            except (PeerGone, NotLeader) as error:
+                candidates.passed(url, error.leader if isinstance(error, NotLeader) else "")
                 if failures == 0:
                     log.warn("controller.unreachable", url=url, reason=str(error))
-                pause_s = min(limits.WATCH_BACKOFF_S_MAX, limits.WATCH_BACKOFF_S_MIN * 2 ** min(failures, 16))
+                rounds = failures // len(candidates)
+                pause_s = min(limits.WATCH_BACKOFF_S_MAX, limits.WATCH_BACKOFF_S_MIN * 2 ** min(rounds, 16))
                 failures += 1
             except Corrupt as error:
                 if failures == 0:
                     log.warn("frame.refused", peer=url, reason=str(error))
                 follower.forget()
+                candidates.passed(url)
                 pause_s = limits.WATCH_BACKOFF_S_MAX
                 failures += 1
             await asyncio.sleep(pause_s * rng.uniform(0.5, 1.0))
@@ -85,9 +91,11 @@ class Follower:
 
 
 async def _stream(session: aiohttp.ClientSession, url: str, resume: dict[str, str]) -> AsyncGenerator[WatchEvent, None]:
-    """The events of one connection. Raises PeerGone or Corrupt; ends when the controller ends the stream."""
+    """The events of one connection. Raises PeerGone, NotLeader or Corrupt; ends when the controller ends the stream."""
     try:
         async with session.get(f"{url}/v1/watch", params=resume, allow_redirects=False) as response:
+            if response.status == 503:
+                raise _busy(await response.content.read(limits.URL_LEN_MAX * 4))
             if response.status != 200:
                 raise PeerGone(f"the controller refused to be watched: status {response.status}")
             pending = bytearray()
@@ -107,6 +115,16 @@ async def _stream(session: aiohttp.ClientSession, url: str, resume: dict[str, st
         raise PeerGone(f"nothing came for {limits.WATCH_SILENCE_S} s (limits.WATCH_SILENCE_S)") from error
     except (aiohttp.ClientError, OSError) as error:
         raise PeerGone(str(error) or type(error).__name__) from error
+
+
+def _busy(answer: bytes) -> PeerGone | NotLeader:
+    try:
+        body = decode_error(answer)
+    except (ValueError, RecursionError):
+        return PeerGone("the controller refused to be watched: status 503")
+    if body.code == "not_leader":
+        return NotLeader(body.error, body.leader)
+    return PeerGone(f"the controller refused to be watched: {body.error}")
 
 
 def _decoded(line: bytes) -> WatchEvent:

@@ -31,7 +31,8 @@ async def serve(settings: RouterSettings, token: bytes) -> None:
 
     with listen(settings.host, settings.port, setting="router.host, router.port", backlog=1024) as listener:
         streamed = settings.handoff == "streamed"
-        async with running(listener, follow, RealEnv(), settings.request_timeout_s, token, streamed=streamed):
+        timeout_s, stop_s = settings.request_timeout_s, settings.stop_s
+        async with running(listener, follow, RealEnv(), timeout_s, token, streamed=streamed, stop_s=stop_s):
             await stop.wait()
 
 

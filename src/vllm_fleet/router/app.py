@@ -20,9 +20,9 @@ from vllm_fleet.router.minting import minting
 from vllm_fleet.router.models import Models
 from vllm_fleet.router.policies.least_load import LeastLoad
 from vllm_fleet.router.upstream import Upstream
-from vllm_fleet.wire.control import Change, Snapshot
+from vllm_fleet.wire.control import News
 
-OnEvent = Callable[[Snapshot | Change], None]
+OnEvent = Callable[[News], None]
 Watch = Callable[[OnEvent], Awaitable[None]]
 """Calls back with what happens to the fleet until it is cancelled."""
 

@@ -20,7 +20,7 @@ from vllm_fleet.router.policies.contract import Policy
 from vllm_fleet.router.problem import Problem
 from vllm_fleet.router.reply import Reply, Sink
 from vllm_fleet.router.upstream import Upstream, UpstreamFailure
-from vllm_fleet.wire.control import Change, Member, Snapshot
+from vllm_fleet.wire.control import Member, News
 
 _LAST_WORD_S = 1.0  # for the error at the end of a request whose time is over
 
@@ -59,7 +59,7 @@ class Exchange:
         """Requests running now."""
         return len(self._live)
 
-    def apply(self, event: Snapshot | Change) -> None:
+    def apply(self, event: News) -> None:
         """Take over what the controller says; requests at instances that are gone go on elsewhere at once."""
         self._asking.gone(self._view.apply(event, self._env.now()))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vllm_fleet.core import limits
-from vllm_fleet.wire.control import MAY_DIFFER, Change, Member, Snapshot
+from vllm_fleet.wire.control import MAY_DIFFER, Change, Desired, Member, News, Snapshot
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class FleetView:
         self._backoff: dict[str, _Backoff] = {}
         self._in_flight: Counter[str] = Counter()
 
-    def apply(self, event: Snapshot | Change, now: float) -> set[str]:
+    def apply(self, event: News, now: float) -> set[str]:
         """Take over what the controller says. An old or repeated change is ignored.
 
         Returns:
@@ -41,11 +41,12 @@ class FleetView:
         if isinstance(event, Snapshot):
             self._replace(event, now)
         elif event.revision > self._revision:
-            self._change(event)
+            self._revision = event.revision
+            if not isinstance(event, Desired):
+                self._change(event)
         return before - {member.incarnation for member in self._members.values()}
 
     def _change(self, event: Change) -> None:
-        self._revision = event.revision
         name = event.member.name
         self._orphan_until.pop(name, None)
         self._backoff.pop(name, None)

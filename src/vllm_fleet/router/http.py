@@ -121,15 +121,18 @@ class Server:
         await web.SockSite(self._runner, listener, backlog=_BACKLOG).start()
 
     async def stop(self, seconds: float) -> None:
-        """Take no new requests; running ones get ``seconds``, then an error."""
+        """Take no new requests; running ones get ``seconds``, then an error.
+
+        Whoever comes meanwhile is told so (503 and when to try again) instead of finding nobody.
+        """
         if self._runner is None:
             return
-        for site in list(self._runner.sites):
-            await site.stop()
         self._exchange.stop(seconds)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds + 2.0):
                 await self._exchange.idle.wait()
+        for site in list(self._runner.sites):
+            await site.stop()
         await self._runner.cleanup()
         self._runner = None
 
@@ -145,6 +148,8 @@ class Server:
                 response = await self._find(request, path)(request, request_id, began)
             except _Refused as refused:
                 response = _problem_response(refused.reason, request_id)
+            if self._exchange.stopping and not response.prepared:
+                response.force_close()  # the next request must find another router
             status = response.status
             return response
         except ClientGone:
@@ -220,6 +225,8 @@ class Server:
 
     async def _health(self, request: web.Request, request_id: str, began: float) -> web.StreamResponse:
         can_answer, facts = fleet_health(self._view, self._env.now())
+        if self._exchange.stopping:
+            can_answer, facts = False, {**facts, "status": "stopping"}
         return _bytes_response(200 if can_answer else 503, msgspec.json.encode(facts), request_id)
 
     async def _show_metrics(self, request: web.Request, request_id: str, began: float) -> web.StreamResponse:

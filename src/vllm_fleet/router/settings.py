@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from vllm_fleet.core import limits
 from vllm_fleet.core.errors import ConfigError
-from vllm_fleet.wire.names import Name, Url
+from vllm_fleet.wire.names import Name, Urls
 
 
 class RouterSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -18,13 +19,16 @@ class RouterSettings(Struct, frozen=True, forbid_unknown_fields=True):
     fleet: Name
     token_file: str
     """Path of the file that holds the fleet's token; readable by its owner only."""
-    controller: Url
+    controller: Urls
+    """Where the fleet is watched: one controller, or several of which one leads."""
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     """0 picks a free one; the event ``router.start`` tells which."""
     request_timeout_s: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
     handoff: Literal["streamed", "sequential"] = "streamed"
     """``streamed``: prefill and decode are asked together, where the prefill instance can be told of it beforehand."""
+    stop_s: Annotated[float, Meta(ge=0, le=3600)] = limits.ROUTER_STOP_S
+    """Running requests get so long when the router stops."""
 
 
 _decode = msgspec.json.Decoder(RouterSettings).decode

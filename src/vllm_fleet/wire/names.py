@@ -12,9 +12,12 @@ DECODE_ERRORS = (ValueError, RecursionError)
 """What msgspec raises for bytes that are not the message asked for (UnicodeDecodeError is a ValueError)."""
 
 Role = Literal["prefill", "decode", "both"]
+ROLES: tuple[Role, ...] = ("prefill", "decode", "both")
 Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_LEN_MAX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 Id = Annotated[str, Meta(min_length=1, max_length=limits.ID_LEN_MAX)]
 Url = Annotated[str, Meta(min_length=1, max_length=limits.URL_LEN_MAX, pattern=r"^https?://[^\s/?#]+\Z")]
+Urls = Url | Annotated[tuple[Url, ...], Meta(min_length=1, max_length=limits.CONTROLLERS_MAX)]
+"""Where a service answers; several: of these one leads."""
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
