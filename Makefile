@@ -4,7 +4,7 @@ SEED ?= 7
 SEEDS ?= 1
 BIN := .venv/bin
 
-.PHONY: help setup demo test unit check format sim bench-handoff bench-streamed bench-fabric bench-cma bench-controller fuzz storm clean
+.PHONY: help setup demo test test-long unit check format sim bench-handoff bench-streamed bench-fabric bench-cma bench-controller fuzz storm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -17,6 +17,9 @@ demo: setup  ## two vLLM instances, one service: ask it, see KV move, compare wi
 
 test: setup  ## every test that this machine can run
 	@$(BIN)/pytest tests
+
+test-long: setup  ## the tests that `make test` leaves out because they take ten minutes and more
+	@$(BIN)/pytest tests -m long
 
 unit: setup  ## the tests that start no vLLM, in under 30 seconds
 	@$(BIN)/pytest tests/unit tests/rules

@@ -30,10 +30,10 @@ from vllm_fleet.net.control_client import ControlClient
 from vllm_fleet.wire.control import Desired, Member, Slot, Snapshot
 from vllm_fleet.wire.names import Role
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 CONCURRENCY = 16
-PAUSE_S = (1.5, 4.5)
+PAUSE_S = (6.0, 16.0)
 PATIENCE_S = 1500.0  # for one command, with other work on the machine
 DEADLINE_S = 120.0
 CONFIG = """
@@ -174,7 +174,7 @@ def test_scaling_up_and_down_under_load(fleet: RunningFleet) -> None:
         status = done(fleet, "scale", "prefill=1", "decode=2")
         assert ready(status) == {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "decode"}
         assert status["desired"] == {"prefill": 1, "decode": 2, "both": 0}
-        load.more(4 * CONCURRENCY)
+        load.more(2 * CONCURRENCY)
         added = pids(fleet)["decode-1"]
         assert psutil.pid_exists(added)
         status = done(fleet, "scale", "decode=1")
@@ -191,7 +191,7 @@ def test_roles_there_and_back_under_load(fleet: RunningFleet) -> None:
     begin(fleet, "prefill-0", "decode-0", "decode-1")
     before = pids(fleet)
     with Load(fleet) as load:
-        for _ in range(3):
+        for _ in range(2):
             assert ready(done(fleet, "role", "decode-1", "prefill"))["decode-1"] == "prefill"
             held = handed_over(fleet, "decode-1")
             wait_for("decode-1 computes for others", lambda held=held: handed_over(fleet, "decode-1") > held, 60.0)
@@ -265,6 +265,7 @@ class Fewest:
                 self.of = {role: min(count, found[role]) for role, count in self.of.items()}
 
 
+@pytest.mark.long
 def test_a_rolling_restart_of_two_and_two_under_load(fleet: RunningFleet) -> None:
     begin(fleet, "prefill-0", "prefill-1", "decode-0", "decode-1")
     cut = fleet.log("supervisor").count("drain.cut")
@@ -282,6 +283,7 @@ def test_a_rolling_restart_of_two_and_two_under_load(fleet: RunningFleet) -> Non
     assert fleet.log("supervisor").count("drain.cut") == cut
 
 
+@pytest.mark.long
 def test_the_only_one_of_a_role_is_replaced_first(fleet: RunningFleet) -> None:
     begin(fleet, "prefill-0", "decode-0")
     with Load(fleet) as load:
@@ -304,7 +306,7 @@ def test_the_controller_is_killed_under_load(fleet: RunningFleet) -> None:
         killed = time.monotonic()
         wait_for("the controller is back", lambda: answers(fleet), 10.0)
         back_s = time.monotonic() - killed
-        load.more(8 * CONCURRENCY)
+        load.more(4 * CONCURRENCY)
     load.check()
     after = snapshot(fleet)
     assert not victim.is_running()

@@ -34,7 +34,10 @@ def run_here(where: World, seed: int) -> tuple[str, str]:
 def chunk(where: World, first: int, seeds: int) -> dict[int, str]:
     """What broke under seeds of a range, found by another process."""
     argv = [sys.executable, "-m", "tests.sim", "--world", where, "--seed", str(first), "--seeds", str(seeds), "--raw"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=RUN_S_MAX, check=False)
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=RUN_S_MAX, check=False)
+    except subprocess.TimeoutExpired:
+        return {first: f"seeds {first} to {first + seeds - 1} did not end within {RUN_S_MAX:g} s"}
     if done.returncode:
         return {first: f"seeds {first} to {first + seeds - 1} did not end in order: {done.stderr[-500:]}"}
     return {int(seed): broken for seed, broken in json.loads(done.stdout).items()}
