@@ -39,13 +39,16 @@ def reconcile(turn: Turn) -> None:
         if wanted is None:
             if child.name not in awaited:
                 _leave(turn, child)
-        elif _outdated(fleet, child, wanted):
+            continue
+        outdated = _outdated(fleet, child, wanted)
+        if not (fleet.rules.roles_fixed and child.alive):
+            child.role = wanted.role  # also while it waits for its turn: others look at it to know theirs
+        if outdated:
             if not wanted.rolling or _has_its_turn(fleet, child):
                 _leave(turn, child)
-        else:
-            child.role = wanted.role
-            child.note = "" if child.state == "ready" else child.note
-        if child.state == "waiting" and wanted is not None:
+        elif child.state == "ready":
+            child.note = ""
+        if child.state == "waiting":
             start(turn, [child])
 
 
