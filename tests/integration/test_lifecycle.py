@@ -161,7 +161,8 @@ def begin(fleet: RunningFleet, *names: str) -> None:
 
     def so() -> bool:
         found = {one["name"]: (one["role"], one["state"]) for one in fleet.status()["instances"]}
-        return found == {slot.name: (slot.role, "ready") for slot in slots}
+        known = set(members(fleet))  # one that left is a member until its lease ends
+        return known == set(names) and found == {slot.name: (slot.role, "ready") for slot in slots}
 
     wait_for(f"a fleet of {', '.join(names)}", so, PATIENCE_S)
 
