@@ -109,6 +109,10 @@ class Controller:
         self.process = Process(argv, self._folder / f"{self.fleet}.log", self.env)
         return self.process
 
+    def rule(self, **rules: float) -> None:
+        """Other times from the next start on."""
+        self._settings = {**self._settings, **rules}
+
     def start(self) -> Controller:
         """Start it; returns when it answers."""
         process = self.launch()
