@@ -104,7 +104,7 @@ def gauge(url: str, name: str) -> float:
     return total(scrape(url), f"vllm:{name}")
 
 
-def wait_for(what: str, check: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(what: str, check: Callable[[], bool], seconds: float = 10.0) -> None:
     """Wait until ``check()`` is true."""
     until = time.monotonic() + seconds
     while not check():
