@@ -371,7 +371,11 @@ def test_down_stops_a_fleet(background: tuple[RunDir, subprocess.Popen[bytes]], 
     assert record is not None
     reaper = threading.Thread(target=process.wait)
     reaper.start()
-    assert down(run) == "fleet 'fleet' is down"
+    shown: list[dict[str, str]] = []
+    said = down(run, None, lambda now: shown.append({each.name: each.state for each in now.processes}))
+    assert said == "fleet 'fleet' is down"
+    first = next(at for at, states in enumerate(shown) if "stopped" in states.values())
+    assert all("stopped" in states.values() for states in shown[first:]), "what has stopped is not told to be ready"
     reaper.join()
     assert process.returncode == 0
     assert record.living() == set()

@@ -36,8 +36,9 @@ def down(run: RunDir, timeout_s: float | None = None, show: Callable[[FleetRecor
         patience = record.stop_s + KILL_GRACE_S + ROOM_S if timeout_s is None else timeout_s
 
         def over() -> bool:
-            if show is not None:
-                show(_now(run, record))
+            now = _now(run)
+            if show is not None and now is not None:
+                show(now)
             return _over(run, record)
 
         if not _wait(over, patience):
@@ -94,11 +95,12 @@ def sweep(run: RunDir) -> int:
         run.release()
 
 
-def _now(run: RunDir, last: FleetRecord) -> FleetRecord:
+def _now(run: RunDir) -> FleetRecord | None:
+    """None: the supervisor has removed it, or is writing it."""
     try:
-        return read_record(run) or last
+        return read_record(run)
     except Corrupt:
-        return last
+        return None
 
 
 def _over(run: RunDir, record: FleetRecord) -> bool:
