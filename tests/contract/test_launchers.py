@@ -436,14 +436,13 @@ def test_a_process_does_not_outlive_its_driver(ray_bench: Bench, cluster: RayClu
         driver.communicate()
 
 
-def test_no_helper_hides(ray_bench: Bench) -> None:
-    """One whose parent is dead and that has a session of its own. (Beside the supervisor such a one is found only while
-    its parent lives.)"""
-    handle = ray_bench.serve(STUBBORN + DAEMON)
-    assert len(ray_bench.marked()) == 4, ray_bench.marked()
+def test_no_helper_hides(bench: Bench) -> None:
+    """One whose parent is dead and that has a session of its own."""
+    handle = bench.serve(STUBBORN + DAEMON)
+    assert len(bench.marked()) == 4, bench.marked()
     handle.signal_group(signal.SIGKILL)
-    ray_bench.ended(handle)
-    assert ray_bench.marked() == {}
+    bench.ended(handle)
+    assert bench.marked() == {}
 
 
 def test_gpus_are_those_that_ray_gave(ray_bench: Bench, ray_launcher: RayLauncher) -> None:

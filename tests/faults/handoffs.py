@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.conftest import MODEL
 from tests.integration.asking import body
-from vllm_fleet.bench.gauges import Gauges, leaks, read, settle
+from vllm_fleet.bench.gauges import Gauges, holdings, leaks, rest, settle
 from vllm_fleet.bench.own_fleet import OwnFleet
 from vllm_fleet.bench.plain import post, scrape, total
 from vllm_fleet.bench.recall import RecallPrompt, facts_for_tokens, make_prompt, prompt_tokens
@@ -131,5 +131,8 @@ def holds_nothing(fleet: OwnFleet, before: dict[str, Gauges], within_s: float = 
 
 
 def idle(fleet: OwnFleet) -> dict[str, Gauges]:
-    """The gauges of all instances, while nobody asks anything."""
-    return {name: read(fleet, name) for name in fleet.instances()}
+    """The gauges of all instances, while nobody asks anything and nothing is held."""
+    found, took_s = rest(fleet, fleet.instances())
+    held = [said for name in found for said in holdings(name, found[name])]
+    assert held == [], f"after {took_s:.0f} s of quiet"
+    return found

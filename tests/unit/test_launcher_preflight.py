@@ -6,7 +6,7 @@ import importlib.metadata
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,18 @@ def test_only_who_computes_prompts_gets_a_mooncake_port() -> None:
     assert [name for name in ports if "/" in name] == ["prefill-0/side/0", "both-0/side/0"]
 
 
+def after_a_free_one() -> socket.socket:
+    """A listener; the port before its own is free."""
+    with ExitStack() as held:
+        while True:
+            free = held.enter_context(sockets.listen("127.0.0.1", 0, setting="test")).getsockname()[1]
+            with suppress(ConfigError):
+                return sockets.listen("127.0.0.1", free + 1, setting="test")
+
+
 def test_a_range_goes_around_ports_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first offer has a taken port in its middle, the second one ends beyond the last port there is."""
-    with closing(sockets.listen("127.0.0.1", 0, setting="test")) as taken:
+    with closing(after_a_free_one()) as taken:
         middle = taken.getsockname()[1]
         offers = iter([middle - 1, 65_534])
         real = sockets.listen

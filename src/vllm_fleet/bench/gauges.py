@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from vllm_fleet.bench.own_fleet import OwnFleet
@@ -80,6 +80,22 @@ def settle(fleet: OwnFleet, before: Mapping[str, Gauges], within_s: float = QUIE
         if took_s >= within_s or all(held(now[name]) == held(before[name]) for name in before):
             return now, took_s
         time.sleep(TURN_S)
+
+
+def rest(fleet: OwnFleet, names: Sequence[str], within_s: float = QUIET_S) -> tuple[dict[str, Gauges], float]:
+    """The gauges of these instances once they hold nothing, or when the time is over; and the seconds."""
+    began = time.monotonic()
+    while True:
+        now = {name: read(fleet, name) for name in names}
+        took_s = time.monotonic() - began
+        if took_s >= within_s or not any(holdings(name, now[name]) for name in names):
+            return now, took_s
+        time.sleep(TURN_S)
+
+
+def holdings(name: str, now: Gauges) -> list[str]:
+    """What an instance that nobody asks anything holds nevertheless, one sentence each."""
+    return [f"{name}: {key} is {value:g}" for key, value in held(now).items() if value]
 
 
 def leaks(before: Mapping[str, Gauges], now: Mapping[str, Gauges]) -> list[str]:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import aiohttp
@@ -120,9 +121,13 @@ class _Run:
     def run(self) -> Report:
         report, names = self._report, self._fleet.instances()
         rng = random.Random(self._storm.seed)
+        with ThreadPoolExecutor(len(names)) as pool:  # a first forward pass compiles: up to 40 s on a busy machine
+            list(pool.map(partial(self._warm, draw(rng, 0.0)), names))
         asyncio.run(self._ask([draw(rng, 0.0) for _ in range(QUIET_REQUESTS)]))  # links are made, caches allocated
-        before, _ = gauges.settle(self._fleet, {name: gauges.read(self._fleet, name) for name in names}, 5.0)
+        before, took_s = gauges.rest(self._fleet, names)
         report.before = _plain(before)
+        held = [said for name in names for said in gauges.holdings(name, before[name])]
+        report.problems += [f"before the storm, after {took_s:.0f} s of quiet, {said}" for said in held]
         self._ended.clear()
         self._began = time.monotonic()
         with ThreadPoolExecutor(len(self._storm.lanes) or 1) as pool:
@@ -176,6 +181,9 @@ class _Run:
 
     async def _one(self, session: aiohttp.ClientSession, order: Order, name: str) -> Ended:
         return await ask(session, self._fleet.router, self._model, order, name, self._storm.deadline_s)
+
+    def _warm(self, order: Order, name: str) -> None:
+        alone(self._fleet.url(name), self._model, order, f"warm-{name}")
 
     def _break(self, lane: Sequence[Fault]) -> None:
         """One lane's faults, in a thread of its own; raises where one cannot be proved."""

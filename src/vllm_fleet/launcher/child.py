@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from vllm_fleet.launcher.rundir import HOME_VARIABLE
 from vllm_fleet.launcher.spec import ProcessSpec
 
 BURY_S = 1.0  # for helpers of a dead child to end after SIGKILL
+MARK = "KEPT_AS"
+"""A variable of its environment, which its helpers inherit wherever they go."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -55,7 +58,9 @@ class ChildProcess:
         Raises:
             FleetError: the program or the log cannot be opened.
         """
+        self.mark = f"{spec.name}-{secrets.token_hex(8)}"
         env = {name: value for name, value in environ.items() if name != HOME_VARIABLE} | dict(spec.env)
+        env[MARK] = self.mark
         try:
             if spec.tmp is not None:
                 os.makedirs(spec.tmp, mode=0o700, exist_ok=True)
@@ -94,6 +99,7 @@ class ChildProcess:
 
     def bury(self) -> int:
         """After its end: kill what is left of its tree, remove what they left behind; its exit code."""
+        self.tree |= processes.marked(MARK, self.mark)
         self.remember(processes.table())
         self.signal_group(signal.SIGKILL)
         code = self._popen.wait()

@@ -75,6 +75,22 @@ def tree(leader: int, rows: Iterable[Row], known: Iterable[ProcessId] = ()) -> s
     return found - zombies
 
 
+def marked(name: str, value: str) -> set[ProcessId]:
+    """Running processes that were started with this variable in their environment, by us or by one that was.
+
+    It finds helpers that went away into sessions of their own and whose parents are gone. Other users' are not seen.
+    """
+    wanted, found = f"{name}={value}".encode(), set()
+    for row in table():
+        try:
+            environ = Path(f"/proc/{row.id.pid}/environ").read_bytes()
+        except OSError:
+            continue
+        if wanted in environ.split(b"\0") and not row.zombie:
+            found.add(row.id)
+    return found
+
+
 def send(process: ProcessId, signum: int) -> bool:
     """Signal this very process; False when it is gone. Raises PermissionError when it is another user's."""
     try:

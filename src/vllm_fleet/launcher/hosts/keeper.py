@@ -59,6 +59,8 @@ class Began(Struct, frozen=True, tag="began"):
 
     pid: int
     start: int
+    mark: str
+    """What its helpers have in their environment as ``child.MARK``."""
     site: Site
 
 
@@ -112,7 +114,7 @@ def main() -> None:
         except (FleetError, OSError) as error:
             _report(reports, Failed(str(error)))
             return
-        _report(reports, Began(child.id.pid, child.id.start, site))
+        _report(reports, Began(child.id.pid, child.id.start, child.mark, site))
         _report(reports, Ended(_keep(child)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from vllm_fleet.core import limits
 from vllm_fleet.launcher import leftovers, processes
+from vllm_fleet.launcher.child import MARK
 from vllm_fleet.launcher.hosts import keeper
 from vllm_fleet.launcher.hosts.keeper import Began, Ended, Failed
 from vllm_fleet.launcher.processes import ProcessId
@@ -173,7 +174,8 @@ class Guard:
     def _clean_up(self, began: Began) -> None:
         """What the keeper would have done."""
         first = ProcessId(began.pid, began.start)
-        tree = processes.tree(first.pid, processes.table(), known={first})
+        known = {first} | processes.marked(MARK, began.mark)
+        tree = processes.tree(first.pid, processes.table(), known)
         left = leftovers.collect(tree)
         processes.kill(tree, KILL_S)
         leftovers.remove(left)
