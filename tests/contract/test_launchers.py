@@ -375,6 +375,7 @@ def test_a_process_does_not_outlive_its_actor(ray_bench: Bench, victim: str) -> 
     handle = ray_bench.serve(STUBBORN)
     first = identity(handle)
     pids = {"actor": [actor_of(handle)], "keeper": [keeper_of(handle)]}
+    time.sleep(1.5 * keeper.REMEMBER_EVERY_S)  # what it has had for so long is remembered on both sides
     for name in victim.split(" and "):
         os.kill(pids[name][0], signal.SIGKILL)
     until(lambda: not processes.alive(first), "it runs on")

@@ -23,6 +23,7 @@ from vllm_fleet.launcher import leftovers, processes
 from vllm_fleet.launcher.child import MARK
 from vllm_fleet.launcher.hosts import keeper
 from vllm_fleet.launcher.hosts.keeper import Began, Ended, Failed
+from vllm_fleet.launcher.leftovers import Leftover
 from vllm_fleet.launcher.processes import ProcessId
 
 READ_BYTES = 64 << 10
@@ -93,6 +94,9 @@ class Guard:
         self._ended: int | None = None
         self._reason = ""
         self._orders: IO[bytes] | None = None
+        self._over, self._remembering = threading.Event(), threading.Lock()
+        self._tree: set[ProcessId] = set()
+        self._leftovers: set[Leftover] = set()
 
     def start(self, order: bytes, wait_s: float) -> bytes:
         """Start a keeper's Order; Began or Failed, as a line. The process is killed when this actor ends."""
@@ -164,6 +168,9 @@ class Guard:
                     with self._changed:
                         self._report = report
                         self._changed.notify_all()
+                if isinstance(report, Began):
+                    threading.Thread(target=self._watch, args=(report,), name="fleet-watch", daemon=True).start()
+        self._over.set()
         if reason and isinstance(self._report, Began):
             self._clean_up(self._report)
         talker.join(REST_S)
@@ -171,14 +178,25 @@ class Guard:
             self._ended, self._reason = code, reason
             self._changed.notify_all()
 
+    def _watch(self, began: Began) -> None:
+        """Remember now and then what there is to clean up, as the keeper does: it may die with the process."""
+        while True:
+            self._remember(began)
+            if self._over.wait(keeper.REMEMBER_EVERY_S):
+                return
+
+    def _remember(self, began: Began) -> None:
+        first = ProcessId(began.pid, began.start)
+        with self._remembering:
+            known = {first} | self._tree | processes.marked(MARK, began.mark)
+            self._tree = processes.tree(first.pid, processes.table(), known)
+            self._leftovers |= leftovers.collect(self._tree)
+
     def _clean_up(self, began: Began) -> None:
         """What the keeper would have done."""
-        first = ProcessId(began.pid, began.start)
-        known = {first} | processes.marked(MARK, began.mark)
-        tree = processes.tree(first.pid, processes.table(), known)
-        left = leftovers.collect(tree)
-        processes.kill(tree, KILL_S)
-        leftovers.remove(left)
+        self._remember(began)
+        processes.kill(self._tree, KILL_S)
+        leftovers.remove(self._leftovers)
         shutil.rmtree(began.site.folder, ignore_errors=True)
 
 
