@@ -93,6 +93,22 @@ async def test_what_changes_is_told(controller: Running, ears: Ears) -> None:
     assert (await ears.next(Watched)).desired == wish
 
 
+async def test_a_dead_instance_leaves_at_once_and_no_other_life_does(controller: Running, ears: Ears) -> None:
+    await controller.join(Register("a", "prefill", "http://127.0.0.1:1", 7, "life-1", "ready"))
+    while "a" not in (await ears.next(Watched)).members:
+        pass
+    ears.link.ended("a", 6)
+    ears.link.ended("b", 7)
+    ears.link.ended("a", 7)
+    assert (await ears.next(Watched)).members == {}
+    await controller.join(Register("a", "prefill", "http://127.0.0.1:1", 8, "life-2", "ready"))
+    assert (await ears.next(Watched)).members["a"].generation == 2
+    ears.link.ended("a", 7)
+    ears.link.ask_drain("a", 2, "http://127.0.0.1:1", None)
+    assert (await ears.next(DrainAnswer)).told
+    assert (await asyncio.to_thread(controller.client.snapshot, soon())).members[0].state == "draining"
+
+
 async def test_draining_says_how_busy_engine_and_router_are(controller: Running, ears: Ears) -> None:
     await controller.join(Register("a", "prefill", "http://127.0.0.1:1", 1, "life-1", "ready"))
     beat = Heartbeat(1, "ready", Load(3, 1))

@@ -68,6 +68,12 @@ class Link:
         """Drain a life of an instance, and ask it and the router how busy it is; DrainAnswer follows."""
         self._submit(lambda: self._ask_drain(name, generation, url, router))
 
+    def ended(self, name: str, pid: int) -> None:
+        """A process of an instance has ended: if it is still a member, it leaves now and not when its lease ends."""
+        member = self._members.get(name)
+        if member is not None and member.pid == pid:
+            self._submit(lambda: self._leave(name, member.generation))
+
     def _submit(self, call: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # closed meanwhile
             self._calls.submit(call)
@@ -109,6 +115,11 @@ class Link:
             log.warn("controller.unreachable", reason=str(error))
         finally:
             self._tell(Declared(made))
+
+    def _leave(self, name: str, generation: int) -> None:
+        assert self._client is not None
+        with contextlib.suppress(FleetError):  # BadRequest: it said so itself. Else its lease ends.
+            self._client.deregister(name, generation, Deadline.after(CALL_S, CALL_SETTING))
 
     def _ask_drain(self, name: str, generation: int | None, url: str, router: str | None) -> None:
         told, load = generation is None, None

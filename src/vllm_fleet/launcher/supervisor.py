@@ -212,6 +212,7 @@ class Supervisor:
         self._registrar.ended(name)
         self._unplaced.discard(name)
         child = self._running.pop(name)
+        self._link.ended(name, child.pid)
         code = child.bury()
         lines = logs.tail(self._run.log_file(name))
         if self._fleet.children[name].was_ready:  # what it said long before its end explains nothing
