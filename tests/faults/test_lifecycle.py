@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from tests.conftest import MODEL, RunningFleet, SharedFleets, fleet_command
-from tests.integration.test_lifecycle import CONCURRENCY, DEADLINE_S, wait_for
+from tests.integration.load import CONCURRENCY, DEADLINE_S, wait_for
 from vllm_fleet.bench.plain import scrape, total
 from vllm_fleet.bench.recall import make_prompt
 from vllm_fleet.bench.storm_client import Ended, Order, ask

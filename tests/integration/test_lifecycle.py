@@ -2,46 +2,47 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import itertools
 import json
-import os
 import random
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
-import aiohttp
 import psutil
 import pytest
 
 from tests.conftest import MODEL, RunningFleet, SharedFleets, running_fleet
+from tests.integration.load import (
+    CONCURRENCY,
+    Load,
+    client,
+    controllers,
+    deadline,
+    lives,
+    members,
+    seeds,
+    snapshot,
+    wait_for,
+)
 from vllm_fleet.bench.plain import post, scrape, total
 from vllm_fleet.bench.recall import make_prompt
-from vllm_fleet.bench.storm_client import Ended, Order, alone, ask
-from vllm_fleet.config.connector import bearer, read_token
-from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import FleetError
-from vllm_fleet.net.control_client import ControlClient
-from vllm_fleet.wire.control import Desired, Member, Slot, Snapshot
+from vllm_fleet.wire.control import Desired, Slot
 from vllm_fleet.wire.names import Role
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
-CONCURRENCY = 16
-PAUSE_S = (6.0, 16.0)
 PATIENCE_S = 1500.0  # for one command, with other work on the machine
-DEADLINE_S = 120.0
 CONFIG = """
 handoff: {lease_s: 10, load: always}
 launcher: {drain_s: 60, ready_s: 900}
 router: {request_timeout_s: 120}
 """
-_seeds = itertools.count(int(os.urandom(4).hex(), 16))
 
 
 @pytest.fixture(scope="module")
@@ -53,63 +54,6 @@ def fleet(shared_fleets: SharedFleets, tmp_path_factory: pytest.TempPathFactory)
     config.write_text(CONFIG)
     with running_fleet(home, "--config", str(config)) as running:
         yield running
-
-
-class Load:
-    """16 clients that never stop asking; each answer is checked. They pause between requests: an instance that starts
-    needs some of the two cores that CI has."""
-
-    def __init__(self, fleet: RunningFleet) -> None:
-        self._fleet = fleet
-        self.ended: list[Ended] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        self.more(4)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def more(self, count: int) -> None:
-        """Wait until so many further requests have ended: the load is on."""
-        wanted, until = len(self.ended) + count, time.monotonic() + DEADLINE_S
-        while len(self.ended) < wanted:
-            assert time.monotonic() < until, "the load does not get on"
-            time.sleep(0.05)
-
-    def check(self) -> Counter[str]:
-        """All were answered, and rightly; where each was decoded."""
-        assert len(self.ended) >= CONCURRENCY
-        bad = [one for one in self.ended if one.outcome != "right"]
-        # The model itself errs at times: then an instance that is asked alone says the same.
-        urls = [one["url"] for one in self._fleet.status()["instances"] if one["state"] == "ready"]
-        for one in [one for one in bad if one.outcome == "wrong" and one.order is not None]:
-            assert one.order is not None
-            if alone(urls[0], MODEL.name, one.order, f"lifecycle-{one.name}") == one.detail:
-                bad.remove(one)
-        assert bad == []
-        return Counter(one.decode or "" for one in self.ended)
-
-    async def _run(self) -> None:
-        timeout = aiohttp.ClientTimeout(total=DEADLINE_S + 10)
-        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-            await asyncio.gather(*(self._client(session, number) for number in range(CONCURRENCY)))
-
-    async def _client(self, session: aiohttp.ClientSession, number: int) -> None:
-        for turn in itertools.count():
-            if self._stop.is_set():
-                return
-            rng = random.Random(next(_seeds))
-            stream = rng.random() < 0.7
-            tokens = rng.choice((3, 12, 60)) if stream else 3
-            order = Order(make_prompt(rng, rng.choice((2, 20, 60, 120))), stream, tokens)
-            name = f"c{number}-{turn}"
-            self.ended.append(await ask(session, self._fleet.router, MODEL.name, order, name, DEADLINE_S))
-            await asyncio.sleep(rng.uniform(*PAUSE_S))
 
 
 def done(fleet: RunningFleet, *words: str) -> dict[str, Any]:
@@ -124,29 +68,6 @@ def ready(status: dict[str, Any]) -> dict[str, str]:
     """Instance -> role, of those that are ready; there must be no others."""
     assert {one["state"] for one in status["instances"]} == {"ready"}, status
     return {one["name"]: one["role"] for one in status["instances"]}
-
-
-def deadline() -> Deadline:
-    return Deadline.after(5.0, "test")
-
-
-def client(fleet: RunningFleet) -> ControlClient:
-    return ControlClient(fleet.controller, bearer(read_token(fleet.home / "default" / "token")))
-
-
-def snapshot(fleet: RunningFleet) -> Snapshot:
-    return client(fleet).snapshot(deadline())
-
-
-def members(fleet: RunningFleet) -> dict[str, Member]:
-    return {member.name: member for member in snapshot(fleet).members}
-
-
-def wait_for(what: str, check: Any, seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < until, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
 
 
 def pids(fleet: RunningFleet) -> dict[str, int]:
@@ -195,7 +116,7 @@ def test_roles_there_and_back_under_load(fleet: RunningFleet) -> None:
         for _ in range(2):
             assert ready(done(fleet, "role", "decode-1", "prefill"))["decode-1"] == "prefill"
             held = handed_over(fleet, "decode-1")
-            wait_for("decode-1 computes for others", lambda held=held: handed_over(fleet, "decode-1") > held, 60.0)
+            wait_for("decode-1 computes for others", partial(hands_over_more, fleet, "decode-1", held), 60.0)
             assert ready(done(fleet, "role", "decode-1", "decode"))["decode-1"] == "decode"
             load.more(CONCURRENCY)
             assert ready(done(fleet, "role", "prefill-0", "both"))["prefill-0"] == "both"
@@ -205,6 +126,10 @@ def test_roles_there_and_back_under_load(fleet: RunningFleet) -> None:
     assert decoded["decode-1"] > 0
     assert decoded["prefill-0"] > 0
     assert pids(fleet) == before, "no process was restarted"
+
+
+def hands_over_more(fleet: RunningFleet, name: str, before: float) -> bool:
+    return handed_over(fleet, name) > before
 
 
 def handed_over(fleet: RunningFleet, name: str) -> float:
@@ -218,7 +143,7 @@ def test_a_prefill_with_handoffs_pending_is_drained(fleet: RunningFleet) -> None
     victim = next(one for one in fleet.status()["instances"] if one["name"] == "prefill-1")
     with Load(fleet) as load:
         load.more(CONCURRENCY)
-        prompt = make_prompt(random.Random(next(_seeds)), 100)
+        prompt = make_prompt(random.Random(next(seeds)), 100)
         asked = {
             "model": MODEL.name, "prompt": prompt.text, "max_tokens": 1, "temperature": 0,
             "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False},
@@ -300,27 +225,18 @@ def test_the_only_one_of_a_role_is_replaced_first(fleet: RunningFleet) -> None:
 def test_the_controller_is_killed_under_load(fleet: RunningFleet) -> None:
     begin(fleet, "prefill-0", "decode-0")
     before = snapshot(fleet)
-    with Load(fleet) as load:
-        found = [process for process in psutil.process_iter(["cmdline"]) if is_controller(fleet, process)]
-        (victim,) = found
+    with Load(fleet, pause_s=(0.5, 2.0)) as load:
+        began = time.monotonic()
+        (victim,) = controllers(fleet)
         victim.send_signal(signal.SIGKILL)
-        killed = time.monotonic()
         wait_for("the controller is back", lambda: answers(fleet), 10.0)
-        back_s = time.monotonic() - killed
-        load.more(4 * CONCURRENCY)
+        while time.monotonic() - began < 60.0:
+            load.more(CONCURRENCY)
     load.check()
     after = snapshot(fleet)
     assert not victim.is_running()
     assert after.controller == before.controller, "the same journal"
-    identity = {member.name: (member.generation, member.incarnation, member.role) for member in before.members}
-    kept = {member.name: (member.generation, member.incarnation, member.role) for member in after.members}
-    assert {name: kept[name] for name in identity} == identity
-    assert back_s < 10.0
-
-
-def is_controller(fleet: RunningFleet, process: psutil.Process) -> bool:
-    words = process.info["cmdline"] or []
-    return "vllm_fleet.controller" in words and any(str(fleet.home) in word for word in words)
+    assert lives(after) == lives(before)
 
 
 def answers(fleet: RunningFleet) -> bool:
