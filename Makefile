@@ -4,7 +4,7 @@ SEED ?= 7
 SEEDS ?= 1
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-long unit check format sim bench-handoff bench-streamed bench-fabric bench-cma bench-controller fuzz storm clean
+.PHONY: bench-prefix help setup demo test test-long unit check format sim bench-handoff bench-streamed bench-fabric bench-cma bench-controller fuzz storm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,10 @@ bench-cma: setup  ## process_vm_readv against shared memory, for blocks of KV
 
 bench-controller: setup  ## what a controller costs with a thousand instances
 	@$(BIN)/python -m benchmarks.controller $(ARGS)
+
+bench-prefix: setup  ## cache hits of routers on conversations that share prefixes, and what a choice costs
+	@$(BIN)/python -m benchmarks.prefix_trace $(ARGS)
+	@$(BIN)/python -m benchmarks.policies
 
 fuzz: setup  ## a million damaged inputs at everything that reads bytes from others
 	@$(BIN)/python -m benchmarks.fuzz $(ARGS)

@@ -51,6 +51,7 @@ class Member(asyncio.Protocol):
         self._beat = b""
         self._asked_at = 0.0
         self._asking = False
+        self._every_s = 0.0
         self._answered: asyncio.Future[bytes] | None = None
         self._beating: asyncio.TimerHandle | None = None
         self._pending = b""
@@ -67,6 +68,8 @@ class Member(asyncio.Protocol):
         good = head.startswith((b"HTTP/1.1 200", b"HTTP/1.1 204"))
         self.failures += not good
         self.answers_s.append(time.perf_counter() - self._asked_at)
+        if good and b'"heartbeat_s"' in body and (told_s := control.decode_heartbeat_ack(body).heartbeat_s):
+            self._every_s = told_s
         if self._answered is not None and not self._answered.done():
             self._answered.set_result(body if good else b"")
 
@@ -96,7 +99,8 @@ class Member(asyncio.Protocol):
 
     def begin(self, every_s: float, phase_s: float) -> None:
         """Send heartbeats from now on."""
-        self._beating = self._loop.call_later(phase_s, self._send_beat, self._loop.time() + phase_s, every_s)
+        self._every_s = every_s
+        self._beating = self._loop.call_later(phase_s, self._send_beat, self._loop.time() + phase_s)
 
     def close(self) -> None:
         if self._beating is not None:
@@ -104,9 +108,9 @@ class Member(asyncio.Protocol):
             self._beating = None
         self._transport.close()
 
-    def _send_beat(self, due: float, every_s: float) -> None:
-        due += every_s  # not from now: lateness here must not thin out the load
-        self._beating = self._loop.call_at(due, self._send_beat, due, every_s)
+    def _send_beat(self, due: float) -> None:
+        due += self._every_s  # not from now: lateness here must not thin out the load
+        self._beating = self._loop.call_at(due, self._send_beat, due)
         self._answered = None
         if self._asking:
             self.skipped += 1

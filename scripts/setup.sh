@@ -34,7 +34,7 @@ command -v g++ > /dev/null || packages="$packages g++"
 "$python" -c 'import ensurepip' 2> /dev/null || packages="$packages python3-venv"
 # Only tests need these, so nobody is asked for them: Mooncake's libraries (the GPU build of Mooncake is another package),
 # iproute2 for two hosts on one machine, which needs root, an etcd, and libfaketime for wall clocks that jump.
-extras=$extra,dev,nixl,etcd
+extras=$extra,dev,nixl,etcd,trace
 [ "$extra" != cpu ] || extras=$extras,ray # 240 MB; tests start small clusters
 if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
   ! missing ibverbs || packages="$packages libibverbs1"

@@ -30,6 +30,8 @@ class RunningFleet:
     controller: str
     urls: dict[str, str]
     pids: dict[str, int]
+    router_admin: str = ""
+    """Where its metrics are."""
 
     @property
     def prefill(self) -> str:
@@ -70,7 +72,8 @@ def running_fleet(home: Path, *flags: str) -> Iterator[RunningFleet]:
         status = json.loads(fleet_command(home, "status", "--json").stdout)
         urls = {instance["name"]: instance["url"] for instance in status["instances"]}
         pids = {instance["name"]: instance["pid"] for instance in status["instances"]}
-        yield RunningFleet(home, status["router"]["url"], status["controller"]["url"], urls, pids)
+        router, controller = status["router"], status["controller"]
+        yield RunningFleet(home, router["url"], controller["url"], urls, pids, router["admin_url"])
     finally:
         down = fleet_command(home, "down")
     assert down.returncode == 0, down.stdout + down.stderr

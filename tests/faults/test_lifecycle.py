@@ -30,7 +30,9 @@ def test_a_fleet_that_is_told_to_stop_ends_what_it_has_begun(shared_fleets: Shar
     assert up.returncode == 0, up.stdout + up.stderr
     status = json.loads(fleet_command(tmp_path, "status", "--json").stdout)
     urls = {one["name"]: one["url"] for one in status["instances"]}
-    fleet = RunningFleet(tmp_path, status["router"]["url"], status["controller"]["url"], urls, {})
+    fleet = RunningFleet(
+        tmp_path, status["router"]["url"], status["controller"]["url"], urls, {}, status["router"]["admin_url"]
+    )
     try:
         under_load(fleet)
     finally:
@@ -65,7 +67,9 @@ def under_load(fleet: RunningFleet) -> None:
 
 
 def in_flight(fleet: RunningFleet, count: int) -> None:
-    wait_for("all are on their way", lambda: total(scrape(fleet.router), "vllm_fleet_router_in_flight") >= count, 30.0)
+    wait_for(
+        "all are on their way", lambda: total(scrape(fleet.router_admin), "vllm_fleet_router_in_flight") >= count, 30.0
+    )
 
 
 def health(fleet: RunningFleet) -> int:

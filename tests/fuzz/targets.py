@@ -14,15 +14,19 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from vllm_fleet.bench.mock_cache import MockCache
 from vllm_fleet.connector.holder import Holder
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import AuthError, BadRequest, Corrupt, FleetError, LinkError
+from vllm_fleet.core.ids import InstanceName
 from vllm_fleet.fabric.contract import KVPool, Region
 from vllm_fleet.fabric.endpoint import Endpoint
 from vllm_fleet.fabric.owner import OwnedPool, Runs
 from vllm_fleet.fabric.transports import load
 from vllm_fleet.net import sockets
 from vllm_fleet.net.channel import Credentials
+from vllm_fleet.router.prefix.book import PrefixBook
+from vllm_fleet.router.prefix.events import parse
 from vllm_fleet.wire import auth, ticket
 from vllm_fleet.wire import fabric as wire
 from vllm_fleet.wire.auth import ClientHandshake, ServerHandshake
@@ -145,6 +149,7 @@ def codecs() -> list[Target]:
         Target("handshake, client", _server_messages(), _client, (AuthError, LinkError), 2),
         Target("tickets", [_seal(body).encode() for body in tickets], _ticket, (BadRequest, AuthError)),
         Target("tickets, signed", tickets, _signed_ticket, (BadRequest,)),
+        Target("KV events", _kv_events(), _take_kv_events, (Corrupt,), 2),
     ]
     for name, place in DETAILS.items():
         module, _, attribute = place.partition(":")
@@ -264,3 +269,20 @@ def feed(target: Target, received: bytes) -> str:
     except (FleetError, ArithmeticError, LookupError, TypeError) as error:
         raise AssertionError(f"{target.name}: {type(error).__name__} for {received.hex()}") from error
     return "taken"
+
+
+def _kv_events() -> list[bytes]:
+    """What an instance publishes that stores, evicts and is reset."""
+    cache = MockCache(3, 4)
+    cache.end(cache.begin(b"x" * 48, "label"))
+    cache.end(cache.begin(b"y" * 48))
+    cache.clear()
+    each = [msgspec.msgpack.encode([0.0, [event], 0]) for event in cache.events]
+    return [*each, msgspec.msgpack.encode([0.0, cache.events, 0])]
+
+
+def _take_kv_events(payload: bytes) -> None:
+    """Decoded and taken: nothing that decodes may be more than the router can take."""
+    book = PrefixBook("r", blocks_max=1000)
+    for _ in range(2):
+        book.take(InstanceName("a"), parse(payload))

@@ -9,13 +9,15 @@ import random
 from tests.fuzz.targets import mutate
 from vllm_fleet.controller import journal
 from vllm_fleet.controller.engine import Engine
-from vllm_fleet.controller.exchange import Answer
-from vllm_fleet.controller.reader import RequestReader
+from vllm_fleet.controller.exchange import refusal
+from vllm_fleet.controller.http import RULES
 from vllm_fleet.controller.server import ControllerServer
 from vllm_fleet.controller.state import FleetState, Rules
 from vllm_fleet.controller.stores.memory import MemoryStore
 from vllm_fleet.core import limits
 from vllm_fleet.core.env import RealEnv
+from vllm_fleet.net.http.messages import Answer
+from vllm_fleet.net.http.reader import Heads, RequestReader
 from vllm_fleet.wire import control
 
 HELLO = control.encode(control.Register("a", "both", "http://127.0.0.1:1", 7, "life", "ready", {"model": "m"}))
@@ -52,8 +54,9 @@ async def test_damaged_requests_get_typed_answers() -> None:
     running = asyncio.create_task(engine.run())
     rng, samples = random.Random(7), requests()
     seen: dict[int, int] = {}
+    heads = Heads()
     for number in range(ROUNDS):
-        reader = RequestReader(server.front.refuse, "peer")
+        reader = RequestReader(RULES, server.front.refuse, refusal, "peer", heads)
         damaged = samples[number] if number < len(samples) else mutate(rng, samples)
         for start in range(0, len(damaged), 50):
             reader.feed(damaged[start : start + 50])

@@ -243,7 +243,7 @@ def test_an_instance_that_keeps_dying_is_given_up_and_the_others_stay(launch: La
     found = status(fleet.run)
     assert found.states["both-0"] == "given_up"
     assert found.to_json() == {
-        "router": {"url": after.url("router")},
+        "router": {"url": after.url("router"), "admin_url": after.admin_url()},
         "controller": {"url": after.url("controller")},
         "instances": [
             {

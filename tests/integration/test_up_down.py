@@ -74,7 +74,7 @@ def test_status_and_logs_from_another_terminal(cma_fleet: RunningFleet) -> None:
     assert [instance["role"] for instance in status["instances"]] == ["prefill", "decode"]
     assert "prefill-0" in cma_fleet.command("status").stdout
     assert "vLLM" in cma_fleet.command("logs", "decode-0").stdout
-    assert total(scrape(cma_fleet.router), "vllm_fleet_router_handoffs_without_bytes") == 0
+    assert total(scrape(cma_fleet.router_admin), "vllm_fleet_router_handoffs_without_bytes") == 0
 
 
 def test_a_second_fleet_of_the_same_name_is_refused(cma_fleet: RunningFleet) -> None:

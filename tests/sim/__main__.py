@@ -13,7 +13,7 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 
-from tests.sim import lifecycle, world
+from tests.sim import lifecycle, router, world
 from tests.sim.seeds import SEEDS_FILE, WORLDS, World
 
 CHUNK = 50
@@ -26,6 +26,9 @@ def run_here(where: World, seed: int) -> tuple[str, str]:
     if where == "controller":
         found = world.run_seed(seed)
         return found.broken, found.summary()
+    if where == "router":
+        answered = router.run_seed(seed)
+        return answered.broken, answered.summary()
     outcome = lifecycle.run_seed(seed)
     seen = ", ".join(f"{name} {count}" for name, count in sorted(outcome.counts.items()))
     return outcome.broken, f"seed {seed}: {outcome.broken or 'all promises held'}\n  seen: {seen}"
@@ -82,12 +85,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description="Simulated fleets under faults.")
     parser.add_argument("--seed", type=int, default=1, help="the (first) seed")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, one after the other")
-    parser.add_argument("--world", choices=[*WORLDS, "both"], default="both", help="what is simulated")
+    parser.add_argument("--world", choices=[*WORLDS, "all"], default="all", help="what is simulated")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes to use for many seeds")
     parser.add_argument("--keep", action="store_true", help="add failing seeds to tests/sim/seeds.txt")
     parser.add_argument("--raw", action="store_true", help="print what broke as JSON, in this process")
     given = parser.parse_args()
-    worlds: list[World] = list(WORLDS) if given.world == "both" else [given.world]
+    worlds: list[World] = list(WORLDS) if given.world == "all" else [given.world]
     if given.raw or given.seeds > 1:
         logging.getLogger("vllm_fleet").setLevel(logging.CRITICAL)  # torn journals are expected, not worth a line each
     if given.raw:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-World = Literal["controller", "lifecycle"]
-WORLDS: tuple[World, ...] = ("controller", "lifecycle")
+World = Literal["controller", "lifecycle", "router"]
+WORLDS: tuple[World, ...] = ("controller", "lifecycle", "router")
 SEEDS_FILE = Path(__file__).with_name("seeds.txt")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,9 +13,13 @@ from typing import Any, Literal
 import aiohttp
 from aiohttp import web
 
+from tests.sim.router_model import Stream
 from vllm_fleet.core.env import RealEnv
 from vllm_fleet.net.sockets import listen
 from vllm_fleet.router.app import OnEvent, Router, running
+from vllm_fleet.router.front import Front
+from vllm_fleet.router.policies.settings import PolicySettings
+from vllm_fleet.router.request_rules import RequestRules
 from vllm_fleet.wire.control import Member, Snapshot, State
 from vllm_fleet.wire.names import Role
 from vllm_fleet.wire.ticket import WorkerAddress
@@ -60,6 +65,14 @@ class MockInstance:
     """Until it is set, requests are taken and not answered; a stream sends its response headers, as vLLM does."""
     stream_gate: asyncio.Event | None = None
     """Until it is set, a stream stops after its first part."""
+    writes: bool = False
+    """Streams are answers of tests.sim's model, which gives the same tokens everywhere, instead of ``stream``."""
+    dies_after: int | None = None
+    """Parts of a stream after which the connection is cut; further requests are answered."""
+    stalls_after: int | None = None
+    """Parts of a stream after which nothing comes any more."""
+    retry_after: str = ""
+    """Told with an error's status."""
     headers_out: int = 0
     """Streams whose response headers were sent."""
     seen: list[Seen] = field(default_factory=list)
@@ -99,7 +112,8 @@ class MockInstance:
             await self.gate.wait()
         if self.fault == "status":
             error = {"message": "mock says no", "type": "BadRequestError", "param": None, "code": self.status}
-            return web.json_response({"error": error}, status=self.status)
+            told = {"retry-after": self.retry_after} if self.retry_after else {}
+            return web.json_response({"error": error}, status=self.status, headers=told)
         if self.fault == "plain_error":
             return web.Response(status=self.status, text="Internal Server Error")
         if self.fault == "drop":
@@ -136,9 +150,27 @@ class MockInstance:
             await asyncio.sleep(0.05)
             _cut(request)
             return response
+        if self.writes:
+            return await self._write_stream(request, response)
         for part in self.stream[:-1] if self.fault == "no_done" else self.stream:
             await response.write(part)
             await asyncio.sleep(30 if self.fault == "slow" else 0.01)
+            if self.stream_gate is not None:
+                await self.stream_gate.wait()
+        await response.write_eof()
+        return response
+
+    async def _write_stream(self, request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+        body, request_id = await request.json(), request.headers["x-request-id"]
+        for number, part in enumerate(Stream(request.path, body, request_id, random.Random(0)).events()):
+            if number == self.dies_after:
+                self.dies_after = None
+                _cut(request)
+                return response
+            if number == self.stalls_after:
+                self.stalls_after = None
+                await asyncio.sleep(60)
+            await response.write(part)
             if self.stream_gate is not None:
                 await self.stream_gate.wait()
         await response.write_eof()
@@ -213,8 +245,15 @@ async def fleet(
     stop_s: float = 0.0,
     members: tuple[Member, ...] = (),
     streamed: bool = True,
+    front: Front | None = None,
+    admin: bool = False,
+    rules: RequestRules = RequestRules(),  # noqa: B008  a constant
+    policy: PolicySettings = PolicySettings(),  # noqa: B008  a constant
 ) -> AsyncIterator[Fleet]:
-    """A router in front of ``instances``; in the end nothing it started runs any more."""
+    """A router in front of ``instances``; in the end nothing it started runs any more.
+
+    ``admin``: metrics and timelines are served at an address of their own.
+    """
     async with contextlib.AsyncExitStack() as stack:
         for instance in instances:
             await stack.enter_async_context(serving(instance))
@@ -226,7 +265,15 @@ async def fleet(
 
         listener = stack.enter_context(listen("127.0.0.1", 0, setting="test"))
         router = await stack.enter_async_context(
-            running(listener, watch, RealEnv(), request_timeout_s, TOKEN, streamed=streamed, stop_s=stop_s)
+            running(
+                *(listener, watch, RealEnv(), request_timeout_s, TOKEN),
+                streamed=streamed,
+                rules=rules,
+                policy=policy,
+                stop_s=stop_s,
+                front=front,
+                admin=stack.enter_context(listen("127.0.0.1", 0, setting="test")) if admin else None,
+            )
         )
         http = await stack.enter_async_context(aiohttp.ClientSession())
         await asyncio.sleep(0)

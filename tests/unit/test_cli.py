@@ -266,7 +266,8 @@ def test_status_of_a_fleet_whose_processes_are_gone(
     assert call(monkeypatch, "status", "--name", "f", "--json") == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == {
-        "router": {"url": "http://127.0.0.1:8000"}, "controller": {"url": "http://127.0.0.1:1"}, "instances": [],
+        "router": {"url": "http://127.0.0.1:8000", "admin_url": "http://127.0.0.1:8000"},
+        "controller": {"url": "http://127.0.0.1:1"}, "instances": [],
         "desired": {"prefill": 0, "decode": 0, "both": 0},
     }  # fmt: skip
     assert "the controller does not answer" in err

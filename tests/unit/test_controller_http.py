@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import pytest
 
-from vllm_fleet.controller.exchange import Answer, Feed, Handled, Outlet, Request, refusal
-from vllm_fleet.controller.http import HttpServer, Stage
+from vllm_fleet.controller.exchange import refusal
+from vllm_fleet.controller.http import RULES, http_server
 from vllm_fleet.core import limits
 from vllm_fleet.net import sockets
+from vllm_fleet.net.http.connection import Stage
+from vllm_fleet.net.http.messages import Answer, Feed, Handled, Outlet, Request
+from vllm_fleet.net.http.server import HttpServer
 
 GET = b"GET %b HTTP/1.1\r\nHost: h\r\n\r\n"
 
@@ -102,7 +106,7 @@ async def served() -> AsyncIterator[Served]:
     listener = sockets.listen("127.0.0.1", 0, setting="test")
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that a peer that does not read is soon felt
     service = Echo()
-    server = HttpServer(service)
+    server = http_server(service)
     await server.start(listener)
     running = Served(service, server, listener.getsockname()[1])
     yield running
@@ -229,7 +233,7 @@ async def test_more_of_the_same_head_wins_no_time(served: Served) -> None:
 
 
 async def test_connections_are_limited(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "CONTROL_CONNECTIONS_MAX", 1)
+    monkeypatch.setattr(served.server, "rules", dataclasses.replace(RULES, connections_max=1))
     receiving, sending = await served.connect()
     sending.write(GET % b"/now")
     await until_heard(receiving, b"/now")

@@ -14,13 +14,13 @@ import pytest
 
 from vllm_fleet.controller import journal
 from vllm_fleet.controller.engine import Engine
-from vllm_fleet.controller.exchange import Answer, Request
 from vllm_fleet.controller.routes import Route, Routes
 from vllm_fleet.controller.server import ControllerServer, Front
 from vllm_fleet.controller.state import FleetState, Rules
 from vllm_fleet.controller.stores.memory import MemoryStore
 from vllm_fleet.controller.watchers import Watcher
 from vllm_fleet.core.env import RealEnv
+from vllm_fleet.net.http.messages import Answer, Request
 from vllm_fleet.wire import control
 
 Document = dict[str, Any]

@@ -10,9 +10,11 @@ from vllm_fleet.controller import reactor
 from vllm_fleet.controller.effects import Announce, Broadcast, Effect, Persist, Reply, Save
 from vllm_fleet.controller.reactor import on_deregister, on_heartbeat, on_register, on_tick, settle, to_save
 from vllm_fleet.controller.state import Entry, FleetState, Rules
+from vllm_fleet.controller.wishes import on_drain
 from vllm_fleet.core import limits
 from vllm_fleet.wire.control import (
     Change,
+    Drain,
     ErrorBody,
     Heartbeat,
     HeartbeatAck,
@@ -233,6 +235,28 @@ def test_nobody_dies_of_a_pause_of_the_controller(state: FleetState, pause_s: fl
     for number in range(5):  # each is heard within its heartbeat interval
         on_heartbeat(state, f"m{number}", Heartbeat(number + 1, "ready"), RULES.tick_s + pause_s + RULES.heartbeat_s)
     assert [effects for effects in listen(state, pause_s + 2.0) if effects] == []
+
+
+@pytest.mark.parametrize(("members", "beat_s", "silence_s"), [(500, None, 1.5), (1000, 1.0, 3.0), (2100, 2.0, 6.0)])
+def test_members_of_a_large_fleet_speak_less_often(
+    state: FleetState, members: int, beat_s: float | None, silence_s: float
+) -> None:
+    """All together a thousand times a second, but each at least five times within its lease."""
+    for number in range(members):
+        joined(state, hello(f"m{number}", f"life-{number}", "ready", port=number + 1))
+    for number in range(members):
+        beat = on_heartbeat(state, f"m{number}", Heartbeat(number + 1, "ready"), 0.0)
+        assert beat == [Reply(200, HeartbeatAck(members, beat_s))]
+    told = [(at, effects) for at in (0.25 * turn for turn in range(1, 36)) if (effects := on_tick(state, at))]
+    assert told[0][0] == silence_s, "nobody is suspected before"
+    assert len([effect for effect in told[0][1] if isinstance(effect, Broadcast)]) == members
+
+
+def test_who_is_draining_speaks_as_often_as_at_first(state: FleetState) -> None:
+    for number in range(1000):
+        joined(state, hello(f"m{number}", f"life-{number}", "ready", port=number + 1))
+    settle(state, on_drain(state, "m0", Drain(1), 0.0), 0.0)
+    assert on_heartbeat(state, "m0", Heartbeat(1, "ready"), 0.0) == [Reply(200, HeartbeatAck(1001))]
 
 
 def test_after_a_pause_the_dead_are_still_found(state: FleetState) -> None:

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_fleet.controller.exchange import Answer, Request, refusal
-from vllm_fleet.controller.reader import RequestReader
+from vllm_fleet.controller.exchange import refusal
+from vllm_fleet.controller.http import RULES
 from vllm_fleet.core import limits
+from vllm_fleet.net.http.messages import Answer, Request
+from vllm_fleet.net.http.reader import Heads, RequestReader
 
 POST = b"POST /v1/members?a=1&b=%20x HTTP/1.1\r\nHost: h\r\nX-Twice: 1\r\nx-twice: 2\r\nContent-Length: 4\r\n\r\nbody"
 GET = b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -16,7 +18,7 @@ CHUNKED = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def reader() -> RequestReader:
-    return RequestReader(lambda _: None, "peer")
+    return RequestReader(RULES, lambda _: None, refusal, "peer", Heads())
 
 
 def read(*pieces: bytes) -> RequestReader:
@@ -52,7 +54,7 @@ def test_pieces_make_no_difference() -> None:
 
 def test_the_same_bytes_again_are_the_same_request() -> None:
     asked: list[Request] = []
-    one = RequestReader(lambda request: asked.append(request), "peer")
+    one = RequestReader(RULES, lambda request: asked.append(request), refusal, "peer", Heads())
     got: list[Request] = []
     for piece in (POST, POST, GET, POST[:50], POST[50:], POST, POST + GET, POST, b"", POST):
         one.feed(piece)
@@ -142,7 +144,7 @@ def test_the_service_refuses_before_the_body() -> None:
         asked.append(request)
         return refusal(401, "unauthorized", "no")
 
-    one = RequestReader(refuse, "peer")
+    one = RequestReader(RULES, refuse, refusal, "peer", Heads())
     one.feed(POST[:-4])
     assert (refused(one), len(asked)) == (401, 1)
     one.feed(POST[-4:] + POST)

@@ -16,7 +16,6 @@ import pytest
 
 from vllm_fleet.config.connector import bearer
 from vllm_fleet.controller import __main__ as process
-from vllm_fleet.controller.http import Connection
 from vllm_fleet.controller.settings import ControllerSettings, read_settings
 from vllm_fleet.controller.stores.contract import StoreFailed
 from vllm_fleet.controller.stores.embedded import EmbeddedStore
@@ -25,6 +24,7 @@ from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.env import RealEnv
 from vllm_fleet.core.errors import BadRequest, Busy, ConfigError, Fenced, NotRegistered, PeerGone
 from vllm_fleet.net.control_client import ControlClient
+from vllm_fleet.net.http.connection import Connection
 from vllm_fleet.net.watch import watch
 from vllm_fleet.wire import control
 from vllm_fleet.wire.control import Change, Heartbeat, News, Register, Registered, ReportedState, Snapshot

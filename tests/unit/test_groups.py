@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from vllm_fleet.controller.exchange import Answer, Request
 from vllm_fleet.controller.group_state import Refusal, Standing
 from vllm_fleet.controller.groups import Groups
 from vllm_fleet.controller.groups_api import GroupsApi, Poll
@@ -18,6 +17,7 @@ from vllm_fleet.core import limits
 from vllm_fleet.core.env import RealEnv
 from vllm_fleet.core.errors import BadRequest, Busy, NotLeader
 from vllm_fleet.fabric.groups.controlled import pair_name
+from vllm_fleet.net.http.messages import Answer, Request
 from vllm_fleet.wire import groups as wire
 from vllm_fleet.wire.groups import Attendee, Come, Create, EpochId, Failed, GiveId, Hold, Meet, Terms
 from vllm_fleet.wire.names import Name

@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> RunDir:
 
 def test_an_instance_is_planned_in_words_and_settled_on_its_node(run: RunDir) -> None:
     planner = ClusterPlanner(config(), MACHINE, run)
-    assert set(planner.ports) == {"router", "controller"}, "nobody knows which ports a node has free"
+    assert set(planner.ports) == {"router", "router-admin", "controller"}, "nobody knows which ports a node has free"
     spec = planner.instance("decode-0", "decode", None)
     assert (spec.needs, spec.sides) == ({"CPU": 1.0, "GPU": 0.0}, 0)
     there = settled(spec, SITE)

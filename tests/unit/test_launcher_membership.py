@@ -40,27 +40,37 @@ def test_it_registers_at_once_and_says_when_it_serves() -> None:
     assert life.due(5.0) == []
     assert life.due(5.0 + ASK_EVERY_S) == [Ask()]
     assert life.due(5.0 + BEAT_S) == [beat("starting")]
-    life.on_beat(5.6)
+    life.on_beat(None, 5.6)
     life.on_health(True, 5.6)
     assert life.due(5.6) == [beat("ready")], "without waiting for the next heartbeat"
-    life.on_beat(5.6)
+    life.on_beat(None, 5.6)
     assert life.due(5.7) == []
     assert life.due(5.6 + BEAT_S) == [beat("ready")]
-    life.on_beat(7.5)
+    life.on_beat(None, 7.5)
     assert life.due(5.6 + ASK_SERVING_S) == [Ask()]
 
 
 def test_a_slow_answer_of_the_instance_does_not_hold_heartbeats_up() -> None:
     life = serving()
     assert life.due(ASK_SERVING_S) == [Ask(), beat("ready")]
-    life.on_beat(ASK_SERVING_S)
+    life.on_beat(None, ASK_SERVING_S)
     assert life.due(ASK_SERVING_S + BEAT_S) == [beat("ready")]
+
+
+def test_it_speaks_as_often_as_it_is_told_last() -> None:
+    life = serving()
+    assert life.due(BEAT_S) == [beat("ready")]
+    life.on_beat(1.0, BEAT_S)
+    assert life.due(BEAT_S + 0.9) == []
+    assert life.due(BEAT_S + 1.0) == [beat("ready")]
+    life.on_beat(None, 1.5)
+    assert beat("ready") in life.due(1.5 + BEAT_S)
 
 
 def test_an_instance_that_stays_silent_gets_no_heartbeats_until_it_answers() -> None:
     life = serving()
     assert life.due(SILENCE_S) == [Ask(), beat("ready")]
-    life.on_beat(SILENCE_S)
+    life.on_beat(None, SILENCE_S)
     life.on_health(False, SILENCE_S + 0.1)
     assert life.due(SILENCE_S + BEAT_S + 0.1) == [Ask()]
     life.on_health(True, 30.0)

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from vllm_fleet.config.fleet import FleetConfig
+from vllm_fleet.config.fleet import FleetConfig, RouterConfig
+from vllm_fleet.config.front import front_settings
+from vllm_fleet.config.requests import request_settings
 from vllm_fleet.core.errors import ConfigError
-from vllm_fleet.launcher import connectors
+from vllm_fleet.launcher import connectors, kv_events
 from vllm_fleet.launcher.machine import Machine
 from vllm_fleet.launcher.plan import Place, check_vllm_args, option, plan, ranks, served_name, url
 from vllm_fleet.launcher.spec import ProcessSpec
@@ -80,7 +82,11 @@ def test_controller_and_router() -> None:
             "controller": "http://127.0.0.1:7000",
             "request_timeout_s": 60.0,
             "handoff": "streamed",
+            "requests": request_settings(RouterConfig()),
+            "policy": kv_events.router_settings(config(), ""),
             "stop_s": 60.0,
+            "front": front_settings(RouterConfig(), None),
+            "workers": 1,
         },
         settings_file="/run/settings/router.json",
     )

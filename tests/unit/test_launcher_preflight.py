@@ -43,9 +43,10 @@ def test_ports_are_all_different_and_chosen_ones_are_kept() -> None:
     wanted = sockets.free_port("127.0.0.1")
     ports, fixed = choose_ports(config(prefill=5, decode=20, router={"port": wanted}))
     assert list(ports) == [
-        "router", "controller", *(f"prefill-{at}" for at in range(5)), *(f"decode-{at}" for at in range(20)),
+        "router", "router-admin", "controller",
+        *(f"prefill-{at}" for at in range(5)), *(f"decode-{at}" for at in range(20)),
     ]  # fmt: skip
-    assert len(set(ports.values())) == 27
+    assert len(set(ports.values())) == 28
     assert (ports["router"], fixed) == (wanted, frozenset({"router"}))
     assert choose_ports(config(router={"port": 0}))[1] == frozenset()
 
@@ -61,7 +62,7 @@ def side(ports: dict[str, int], name: str) -> list[int]:
 
 def test_each_nixl_instance_gets_a_range_of_its_own() -> None:
     ports, _ = choose_ports(nixl(prefill=6, decode=6))
-    assert len(set(ports.values())) == len(ports) == 2 + 12 + 12 * 4
+    assert len(set(ports.values())) == len(ports) == 3 + 12 + 12 * 4
     for name in (f"{role}-{at}" for role in ("prefill", "decode") for at in range(6)):
         first = ports[f"{name}/side/0"]
         assert side(ports, name) == [first, first + 1, first + 2, first + 3]

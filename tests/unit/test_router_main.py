@@ -103,7 +103,7 @@ async def test_it_follows_the_controller_and_stops_when_told(tmp_path: Path) -> 
             assert process.stderr is not None
             line = (await process.stderr.readuntil(b"\n")).decode()
             assert "router.start" in line
-            url = json.loads(line.rpartition("url=")[2])
+            url = json.loads(line.partition("url=")[2].partition(" ")[0])
             async with aiohttp.ClientSession() as http:
                 for _ in range(100):
                     async with http.get(f"{url}/health") as answer:

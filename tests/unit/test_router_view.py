@@ -9,12 +9,12 @@ import msgspec
 import pytest
 
 from vllm_fleet.core import limits
-from vllm_fleet.core.ids import InstanceName
 from vllm_fleet.router.fleet_view import FleetView, compatible, fleet_health
-from vllm_fleet.router.handoff import Fail, GoOn, Handoff, PassOn, Send, Together
+from vllm_fleet.router.handoff import Handoff
 from vllm_fleet.router.openai import Route, parse_request
-from vllm_fleet.router.policies.contract import Candidate
 from vllm_fleet.router.policies.least_load import LeastLoad
+from vllm_fleet.router.retries import RetryBudget
+from vllm_fleet.router.steps import Fail, GoOn, PassOn, Send, Together
 from vllm_fleet.wire.control import Change, Desired, Member, Slot, Snapshot, State
 from vllm_fleet.wire.names import Role
 from vllm_fleet.wire.ticket import WorkerAddress
@@ -157,17 +157,6 @@ def test_health_names_what_is_missing() -> None:
     }
 
 
-# The policy --------------------------------------------------------------------------------------------------------
-
-
-def test_least_load_takes_turns_among_equals() -> None:
-    policy = LeastLoad()
-    idle = [Candidate(InstanceName(name), 0) for name in ("b", "a", "c")]
-    assert [policy.choose(idle) for _ in range(4)] == ["a", "b", "c", "a"]
-    assert policy.choose([Candidate(InstanceName("a"), 0), Candidate(InstanceName("z"), 3)]) == "a"
-    assert policy.choose([]) is None
-
-
 # The handoff -------------------------------------------------------------------------------------------------------
 
 
@@ -270,11 +259,53 @@ def test_prefill_answers_when_the_only_decode_dies() -> None:
     assert sent_to(run.on_decode_failure("disconnected", 0.0), "decode") == "p"
 
 
-def test_an_instances_own_5xx_is_tried_elsewhere_once() -> None:
-    run = handoff(view_of(*(member(f"d{number}", "decode") for number in range(3))))
+def test_an_instances_own_5xx_is_tried_elsewhere_while_there_is_an_elsewhere() -> None:
+    run = handoff(view_of(member("d1", "decode"), member("d2", "decode")))
     run.start(0.0)
-    assert isinstance(run.on_decode_status(503, 0.0), Send)
-    assert run.on_decode_status(503, 0.0) == PassOn()
+    assert isinstance(run.on_decode_status(500, 0.0), Send)
+    assert run.on_decode_status(500, 0.0) == PassOn()
+
+
+def test_5xx_end_with_the_attempts() -> None:
+    run = handoff(view_of(*(member(f"d{number}", "decode") for number in range(9))))
+    run.start(0.0)
+    steps = [run.on_decode_status(500, 0.0) for _ in range(limits.DECODE_ATTEMPTS_MAX)]
+    assert [type(step) for step in steps] == [Send] * (limits.DECODE_ATTEMPTS_MAX - 1) + [PassOn]
+
+
+def test_going_elsewhere_because_an_instance_is_busy_is_free() -> None:
+    run = handoff(view_of(*(member(f"d{number}", "decode") for number in range(9))))
+    asked = {sent_to(run.start(0.0), "decode")}
+    for _ in range(8):
+        asked.add(sent_to(run.on_decode_status(503, 0.0, busy=True), "decode"))
+    assert len(asked) == 9
+    assert run.on_decode_status(503, 0.0, busy=True) == PassOn()
+    assert run.retries == 0
+
+
+def test_whoever_broke_a_stream_off_is_the_last_to_be_asked_to_go_on() -> None:
+    request = parse_request(Route.COMPLETIONS, b'{"prompt":"hi"}')
+    view = view_of(member("d1", "decode"), member("d2", "decode"))
+    for avoid, chosen in ((("d1",), "d2"), (("d2",), "d1"), (("d1", "d2"), "d1")):
+        run = Handoff(request, view, LeastLoad(), LeastLoad(), mint, avoid=avoid)
+        assert sent_to(run.start(0.0), "decode") == chosen
+
+
+def test_sick_instances_use_up_the_budget_and_deaths_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RETRIES_FREE", 1)
+    request, budget = parse_request(Route.COMPLETIONS, b'{"prompt":"hi"}'), RetryBudget(0.0)
+    view = view_of(*(member(f"d{number}", "decode") for number in range(9)))
+
+    def begun() -> Handoff:
+        run = Handoff(request, view, LeastLoad(), LeastLoad(), mint, budget=budget)
+        run.start(0.0)
+        return run
+
+    assert isinstance(begun().on_decode_status(500, 0.0), Send)
+    assert begun().on_decode_status(500, 0.0) == PassOn()
+    assert isinstance(begun().on_decode_failure("stalled", 0.0), Fail)
+    assert isinstance(begun().on_decode_failure("disconnected", 0.0), Send)
+    assert isinstance(begun().on_decode_failure("refused", 0.0), Send)
 
 
 def test_an_error_of_the_client_is_not_tried_elsewhere() -> None:

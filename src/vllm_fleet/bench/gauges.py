@@ -59,7 +59,7 @@ def read(fleet: OwnFleet, name: str) -> Gauges:
         total(metrics, "vllm:fleet_reserved_blocks"),
         total(metrics, "vllm:num_requests_running"),
         total(metrics, "vllm:num_requests_waiting"),
-        total(scrape(fleet.router), "vllm_fleet_router_in_flight", instance=name),
+        total(scrape(fleet.router_admin), "vllm_fleet_router_in_flight", instance=name),
         open_files(pids),
         threads(pids),
     )

@@ -68,10 +68,13 @@ class OwnFleet:
         self.ports, _ = preflight.choose_ports(config)
         tmp = self._run.prepare(name for name, _ in plan.instance_names(config))
         run = self._run
-        place = plan.Place(str(run.token_file), str(run.settings_folder), str(run.state_folder), tmp)
+        folders = (str(run.token_file), str(run.settings_folder), str(run.state_folder))
+        place = plan.Place(*folders, tmp, tmp_folder=str(run.tmp_folder))
         self.specs = {spec.name: spec for spec in plan.plan(config, facts, place, self.ports)}
         self.token = read_token(run.token_file)
         self.router = self.specs["router"].url
+        self.router_admin = self.specs["router"].admin_url or self.router
+        """Where its metrics and timelines are."""
         controllers = [spec.url for spec in self.specs.values() if spec.kind == "controller"]
         self._control = ControlClient(controllers, bearer(self.token))
         self._ready_s = config.launcher.ready_s
@@ -139,7 +142,7 @@ class OwnFleet:
                 if self._children[name].poll():
                     raise FleetError(f"{name} has ended while it was waited for:\n{self.log(name)[-2000:]}")
             try:
-                members, metrics = self.members(), scrape(self.router)
+                members, metrics = self.members(), scrape(self.router_admin)
             except (FleetError, OSError):
                 return False  # they are starting
             good = {m.name for m in members.values() if m.state == "ready" and m.incarnation not in not_lives}

@@ -14,7 +14,7 @@ Flags = dict[str, tuple[str, Any]]
 def collect(
     model: str | None, prefill: int | None, decode: int | None, both: int | None, vllm_arg: Sequence[str] | None,
     env: Sequence[str] | None, name: str | None, router_port: int | None, host: str | None,
-    transport: Sequence[str] | None, cluster: str | None = None,
+    transport: Sequence[str] | None, cluster: str | None = None, workers: int | None = None,
 ) -> Flags:  # fmt: skip
     """What was given; flags that were not typed are absent."""
     flags: Flags = {}
@@ -26,6 +26,7 @@ def collect(
         ("name", "--name", name),
         ("router.port", "--router-port", router_port),
         ("router.host", "--host", host),
+        ("router.workers", "--workers", workers),
         ("vllm_args", "--vllm-arg", vllm_arg or None),
         ("cluster.address", "--cluster", cluster),
         ("fabric.transports", "--transport", transport or None),

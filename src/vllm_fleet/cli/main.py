@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from vllm_fleet import __version__
+from vllm_fleet.cli.keys_commands import keys_app
 from vllm_fleet.core.errors import ConfigError, FleetError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ config_app = typer.Typer(help="What a fleet is configured to be.", no_args_is_he
 app.add_typer(config_app, name="config")
 bench_app = typer.Typer(help="How fast this machine moves KV.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
+app.add_typer(keys_app, name="keys")
 
 ConfigFlag = Annotated[
     Path | None,
@@ -47,6 +49,9 @@ PortFlag = Annotated[
     typer.Option("--router-port", metavar="PORT", help="Port of the router; 0 picks a free one."),
 ]
 HostFlag = Annotated[str | None, typer.Option("--host", help="Address the router listens on.")]
+WorkersFlag = Annotated[
+    int | None, typer.Option("--workers", metavar="N", min=1, help="Router processes that share its port.")
+]
 TransportFlag = Annotated[
     list[str] | None,
     typer.Option("--transport", help="A transport that may be used, best first; may be repeated."),
@@ -75,6 +80,7 @@ def up(
     name: NameFlag = None,
     router_port: PortFlag = None,
     host: HostFlag = None,
+    workers: WorkersFlag = None,
     transport: TransportFlag = None,
     cluster: ClusterFlag = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the fleet is ready.")] = False,
@@ -85,7 +91,8 @@ def up(
     from vllm_fleet.cli import flags
     from vllm_fleet.cli import up as command
 
-    given = flags.collect(model, prefill, decode, both, vllm_arg, env, name, router_port, host, transport, cluster)
+    words = (model, prefill, decode, both, vllm_arg, env, name, router_port, host, transport, cluster, workers)
+    given = flags.collect(*words)
     raise typer.Exit(command.run(config, given, detach=detach, verbose=verbose, as_json=json))
 
 
@@ -194,6 +201,21 @@ def trace(
     command.run(name, request, as_json=json)
 
 
+@app.command(epilog="Example: vllm-fleet top --once --json")
+def top(
+    name: RunningFlag = "default",
+    interval: Annotated[
+        float, typer.Option("--interval", "-i", metavar="S", min=0.2, max=60, help="Seconds between two looks.")
+    ] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look for one interval, print, and end.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Show what the fleet does, live: each instance, the router, tokens and failures."""
+    from vllm_fleet.cli import top as command
+
+    command.run(name, interval, once=once, as_json=json)
+
+
 @config_app.command()
 def explain(
     config: ConfigFlag = None,
@@ -206,6 +228,7 @@ def explain(
     name: NameFlag = None,
     router_port: PortFlag = None,
     host: HostFlag = None,
+    workers: WorkersFlag = None,
     transport: TransportFlag = None,
     cluster: ClusterFlag = None,
     json: JsonFlag = False,
@@ -214,7 +237,8 @@ def explain(
     from vllm_fleet.cli import explain as command
     from vllm_fleet.cli import flags
 
-    given = flags.collect(model, prefill, decode, both, vllm_arg, env, name, router_port, host, transport, cluster)
+    words = (model, prefill, decode, both, vllm_arg, env, name, router_port, host, transport, cluster, workers)
+    given = flags.collect(*words)
     command.run(config, given, as_json=json)
 
 

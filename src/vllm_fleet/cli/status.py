@@ -24,6 +24,8 @@ def run(name: str, *, as_json: bool) -> None:
     else:
         typer.echo(f"fleet '{found.record.fleet}' serves {found.record.model} ({found.record.phase})")
         typer.echo(table(found.record, found.states))
+        if found.record.admin_url() != found.record.url("router"):
+            typer.echo(f"router's metrics: {found.record.admin_url()}/metrics")
         if found.record.desired:
             typer.echo("to be: " + ", ".join(f"{count} {role}" for role, count in counts(found.record.desired).items()))
         for each in found.record.processes:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import Field, JsonValue
 
+from vllm_fleet.config.front import FrontConfig
+from vllm_fleet.config.part import Part as Part
+from vllm_fleet.config.policy import RoutingConfig
+from vllm_fleet.config.requests import RequestsConfig
 from vllm_fleet.core import limits
 from vllm_fleet.wire.names import ChecksumMode, FaultKind, TransportName
 
 
-class Part(BaseModel):
-    """Base of every part of the tree."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-class RouterConfig(Part):
+class RouterConfig(FrontConfig, RequestsConfig, RoutingConfig):
     """The OpenAI-compatible front door."""
 
     host: str = Field("127.0.0.1", description="address the router listens on; a wildcard is refused")
     port: int = Field(8000, ge=0, le=65535, description="port the router listens on; 0 picks a free one")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=limits.ROUTER_WORKERS_MAX,
+        description="processes that share the router's port; each balances by the load that it sees itself",
+    )
     request_timeout_s: float = Field(600.0, gt=0, description="longest time one request may take, end to end")
     handoff: Literal["streamed", "sequential"] = Field(
         "streamed", description="ask prefill and decode together, where both can, or decode when prefill has answered"

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from vllm_fleet.config.checks import check_counts, check_faults, check_store
 from vllm_fleet.config.fleet import FleetConfig, Part
+from vllm_fleet.config.front import check_front
 from vllm_fleet.config.problems import found, sentence
 from vllm_fleet.config.upstream import check_connector
 from vllm_fleet.core import limits
@@ -88,6 +89,7 @@ def load(
     check_connector(config)
     check_faults(config)
     check_store(config)
+    check_front(config.router)
     model = given["model"]
     resolved = _resolve_model(config.model, folder if model.folder is None else model.folder)
     if resolved != config.model:

@@ -81,6 +81,7 @@ class Agent:
             self._serving = self._answers()
         state: ReportedState = "ready" if self._serving else "starting"
         deadline = Deadline.after(CALL_S, CALL_SETTING)
+        told_s: float | None = None
         if self._registered is None:
             hello = Register(
                 self._name,
@@ -96,8 +97,11 @@ class Agent:
             log.event("instance.registered", instance=self._name, generation=self._registered.generation)
         else:
             load = None if self._load is None else self._load()
-            self._client.heartbeat(self._name, Heartbeat(self._registered.generation, state, load), deadline)
-        return self._registered.heartbeat_s if self._serving else HEALTH_S
+            beat = Heartbeat(self._registered.generation, state, load)
+            told_s = self._client.heartbeat(self._name, beat, deadline).heartbeat_s
+        if not self._serving:
+            return HEALTH_S
+        return self._registered.heartbeat_s if told_s is None else told_s
 
     def _leave(self) -> None:
         if self._registered is None:

@@ -10,7 +10,7 @@ from msgspec import Struct
 from vllm_fleet.controller import reactor
 from vllm_fleet.controller.effects import Effect
 from vllm_fleet.controller.engine import Engine
-from vllm_fleet.controller.exchange import Answer, Handled, Request, answer_json
+from vllm_fleet.controller.exchange import answer_json
 from vllm_fleet.controller.metrics import fleet_metrics
 from vllm_fleet.controller.routes import Query, Route, Taking
 from vllm_fleet.controller.state import FleetState
@@ -18,6 +18,7 @@ from vllm_fleet.controller.turns import Decide
 from vllm_fleet.controller.watchers import encode_line, first_events
 from vllm_fleet.core import limits
 from vllm_fleet.core.errors import BadRequest
+from vllm_fleet.net.http.messages import Answer, Handled, Request
 from vllm_fleet.wire import control
 from vllm_fleet.wire.names import Count, Id
 

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from vllm_fleet.controller.engine import Engine
-from vllm_fleet.controller.exchange import JSON, Answer, Handled, Outlet, Request, answer_json, refusal
+from vllm_fleet.controller.exchange import answer_json, refusal
 from vllm_fleet.controller.group import Group
 from vllm_fleet.controller.group_state import Refusal, Seat, Standing
 from vllm_fleet.controller.groups import Groups
@@ -21,6 +21,7 @@ from vllm_fleet.controller.routes import Route, Taking
 from vllm_fleet.core import limits, log
 from vllm_fleet.core.env import Env
 from vllm_fleet.core.errors import BadRequest, Busy
+from vllm_fleet.net.http.messages import JSON, Answer, Handled, Outlet, Request
 from vllm_fleet.wire import groups as wire
 from vllm_fleet.wire.names import Name
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import hmac
-import ipaddress
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
-from vllm_fleet.controller.exchange import Answer, Request, refusal
+from vllm_fleet.controller.exchange import refusal
 from vllm_fleet.core import log
 from vllm_fleet.core.env import Env
+from vllm_fleet.net.hosts import is_ours
+from vllm_fleet.net.http.messages import Answer, Request
 
 WARN_EVERY_S = 1.0
 
@@ -45,19 +44,3 @@ class Guard:
             self._warn_at = now + WARN_EVERY_S
             log.warn("auth.refused", peer=request.peer, status=answer.status)
         return answer
-
-
-@functools.lru_cache(maxsize=64)
-def is_ours(host: bytes, own_host: str) -> bool:
-    """Whether a Host header may name us: a name that a stranger's DNS can point at us may not (DNS rebinding)."""
-    try:
-        name = urlsplit(f"//{host.decode('latin-1')}").hostname or ""
-    except ValueError:
-        return False
-    if name in ("localhost", own_host):
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

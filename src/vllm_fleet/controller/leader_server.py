@@ -14,9 +14,9 @@ from typing import TypeVar
 
 from vllm_fleet.controller import engine
 from vllm_fleet.controller.api import Health
-from vllm_fleet.controller.exchange import Answer, Handled, Request, answer_json, refusal
+from vllm_fleet.controller.exchange import answer_json, refusal
 from vllm_fleet.controller.guard import Guard
-from vllm_fleet.controller.http import HttpServer
+from vllm_fleet.controller.http import http_server
 from vllm_fleet.controller.leader import Leadership, Term
 from vllm_fleet.controller.leader_etcd import EtcdElection
 from vllm_fleet.controller.server import STOP_S, SWEEP_S
@@ -29,6 +29,7 @@ from vllm_fleet.controller.stores.etcd_client import EtcdClient
 from vllm_fleet.core import limits
 from vllm_fleet.core.env import Env
 from vllm_fleet.core.errors import Busy, ConfigError, Corrupt
+from vllm_fleet.net.http.messages import Answer, Handled, Request
 
 HEALTH = "/health"
 
@@ -140,7 +141,7 @@ class Elected:
 
     @contextlib.asynccontextmanager
     async def _standing_by(self) -> AsyncIterator[None]:
-        server = HttpServer(Standby(self._leadership, self._bearer, self._settings.host, self._env))
+        server = http_server(Standby(self._leadership, self._bearer, self._settings.host, self._env))
         await server.start(self._listener.dup())
 
         async def sweep() -> None:

@@ -67,9 +67,9 @@ def on_heartbeat(state: FleetState, name: str, beat: Heartbeat, now: float) -> l
     reported = state.heard(name, beat.state, now)
     state.pulses[name].load = beat.load
     if reported == held.state:
-        return [Reply(200, HeartbeatAck(state.revision))]
+        return [Reply(200, HeartbeatAck(state.revision, _beat_s(state, held)))]
     revision = state.revision + 1
-    return [*_change(revision, with_state(held, reported)), Reply(200, HeartbeatAck(revision))]
+    return [*_change(revision, with_state(held, reported)), Reply(200, HeartbeatAck(revision, _beat_s(state, held)))]
 
 
 def on_deregister(state: FleetState, name: str, generation: int, now: float) -> list[Effect]:
@@ -173,6 +173,12 @@ def _change(revision: int, member: Member, *, left: bool = False, required: bool
 
 def _registered(state: FleetState, generation: int, revision: int) -> Reply:
     return Reply(200, Registered(generation, revision, state.rules.heartbeat_s, state.rules.lease_s))
+
+
+def _beat_s(state: FleetState, held: Member) -> float | None:
+    """How often to speak, where that is not what was said at first. Who is draining tells by it when it is idle."""
+    beat_s = state.rules.beat_s(len(state.members))
+    return None if beat_s == state.rules.heartbeat_s or held.state == "draining" else beat_s
 
 
 def _fenced(held: Member, generation: int) -> Reply:

@@ -11,8 +11,8 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import Struct
 
-from vllm_fleet.controller.exchange import Handled, Request
 from vllm_fleet.core.errors import BadRequest
+from vllm_fleet.net.http.messages import Handled, Request
 from vllm_fleet.wire.names import DECODE_ERRORS
 
 Handler = Callable[[Request], Handled]

@@ -11,16 +11,17 @@ import msgspec
 
 from vllm_fleet.controller.api import MembersApi
 from vllm_fleet.controller.engine import Engine
-from vllm_fleet.controller.exchange import Answer, Handled, Request, refusal
+from vllm_fleet.controller.exchange import refusal
 from vllm_fleet.controller.groups_api import GroupsApi
 from vllm_fleet.controller.guard import Guard
-from vllm_fleet.controller.http import HttpServer
+from vllm_fleet.controller.http import http_server
 from vllm_fleet.controller.openapi import document
 from vllm_fleet.controller.routes import NoRoute, Route, Routes
 from vllm_fleet.controller.wishes_api import WishesApi
 from vllm_fleet.core import limits, log
 from vllm_fleet.core.env import Env
 from vllm_fleet.core.errors import BadRequest, Busy, NotLeader
+from vllm_fleet.net.http.messages import Answer, Handled, Request
 
 STOP_S = 0.5
 SWEEP_S = 0.25
@@ -81,7 +82,7 @@ class ControllerServer:
         self._groups = GroupsApi(engine, env)
         routes = [*MembersApi(engine).routes(), *WishesApi(engine).routes(), *self._groups.routes()]
         self.front = Front(routes, bearer, own_host, env)
-        self._http = HttpServer(self.front)
+        self._http = http_server(self.front)
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def start(self, listener: socket.socket) -> None:

@@ -35,6 +35,17 @@ class Rules:
         """How often silence is judged: often enough that ``suspect_s`` is exceeded by a quarter at most."""
         return min(1.0, self.suspect_s / 4)
 
+    def beat_s(self, members: int) -> float:
+        """How often a member of so many speaks: all together HEARTBEATS_PER_S_MAX times a second, if that leaves each
+        five heartbeats within its lease."""
+        return max(self.heartbeat_s, min(members / limits.HEARTBEATS_PER_S_MAX, self.lease_s / 5))
+
+    def silence_s(self, members: int) -> float:
+        """How long a member of so many may be silent: three heartbeats where they are fewer than ``suspect_s`` is
+        meant for."""
+        beat_s = self.beat_s(members)
+        return self.suspect_s if beat_s == self.heartbeat_s else max(self.suspect_s, 3 * beat_s)
+
 
 @dataclass
 class Pulse:
@@ -107,14 +118,16 @@ class FleetState:
         pulse = self.pulses[name]
         if REPORTED_ORDER[reported] > REPORTED_ORDER[pulse.reported]:
             pulse.reported = reported
-        pulse.suspect_at, pulse.gone_at = now + self.rules.suspect_s, now + self.rules.lease_s
+        pulse.suspect_at = now + self.rules.silence_s(len(self.members))
+        pulse.gone_at = now + self.rules.lease_s
         return pulse.reported
 
     def grant_fresh_silence(self, now: float) -> None:
         """Everybody counts as heard now: after a pause of this process, in which nobody could be heard."""
+        suspect_at = now + self.rules.silence_s(len(self.members))
         for pulse in self.pulses.values():
             pulse.gone_at = now + self.rules.lease_s
-            pulse.suspect_at = max(now + self.rules.suspect_s, min(pulse.suspect_at, pulse.gone_at))
+            pulse.suspect_at = max(suspect_at, min(pulse.suspect_at, pulse.gone_at))
 
     def grant_restart_grace(self, now: float) -> None:
         """After a restart nobody is suspected or lost for ``lease_s``: members may need as long to find us again."""
@@ -126,8 +139,9 @@ class FleetState:
 
     def shift_silence(self, seconds: float, now: float) -> None:
         """Time in which this process did not listen does not count as silence of others."""
+        latest = now + self.rules.silence_s(len(self.members))
         for pulse in self.pulses.values():
-            pulse.suspect_at = max(pulse.suspect_at, min(pulse.suspect_at + seconds, now + self.rules.suspect_s))
+            pulse.suspect_at = max(pulse.suspect_at, min(pulse.suspect_at + seconds, latest))
             pulse.gone_at = max(pulse.gone_at, min(pulse.gone_at + seconds, now + self.rules.lease_s))
 
     def hold_leases(self, now: float) -> None:
@@ -161,7 +175,8 @@ class FleetState:
         reported: ReportedState = "starting"
         if member.state == "ready" or member.state == "draining":
             reported = member.state
-        return Pulse(member.generation, reported, now + self.rules.suspect_s, now + self.rules.lease_s)
+        suspect_at = now + self.rules.silence_s(len(self.members))
+        return Pulse(member.generation, reported, suspect_at, now + self.rules.lease_s)
 
 
 def with_state(member: Member, state: State) -> Member:

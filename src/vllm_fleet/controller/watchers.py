@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from vllm_fleet.controller.exchange import Outlet
 from vllm_fleet.controller.state import FleetState
 from vllm_fleet.core import limits, log
 from vllm_fleet.core.errors import Busy
+from vllm_fleet.net.http.messages import Outlet
 from vllm_fleet.wire.control import News, StillHere, encode
 
 

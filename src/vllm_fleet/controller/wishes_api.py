@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from vllm_fleet.controller import wishes
 from vllm_fleet.controller.engine import Engine
-from vllm_fleet.controller.exchange import Answer, Handled, Request, answer_json
+from vllm_fleet.controller.exchange import answer_json
 from vllm_fleet.controller.routes import Route, Taking
 from vllm_fleet.controller.turns import Decide
+from vllm_fleet.net.http.messages import Answer, Handled, Request
 from vllm_fleet.wire import control
 
 

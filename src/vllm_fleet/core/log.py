@@ -14,7 +14,9 @@ from pathlib import Path
 
 EVENTS: dict[str, str] = {
     "accept.failed": "a worker could not accept a connection; it goes on listening",
-    "auth.refused": "a connection did not prove the fleet's token; it was closed",
+    "access_log.failed": "the access log cannot be written; requests go on, their lines are lost and counted",
+    "auth.refused": "somebody did not prove the fleet's token or show a good API key, and got nothing",
+    "breaker.opened": "an instance failed too often; the router leaves it alone for a while",
     "checksum.wrong": "bytes of a transfer are not what the owner holds; they are not used",
     "child.draining": "an instance is to stop: it gets no new requests, running ones finish",
     "child.exit": "a child process ended",
@@ -32,6 +34,8 @@ EVENTS: dict[str, str] = {
     "controller.unreachable": "the controller does not answer; the last known fleet stays in use",
     "desired.changed": "somebody said what the fleet is to be: instances, their roles, their restarts",
     "drain.cut": "an instance did not become idle within launcher.drain_s; it is stopped all the same",
+    "file.refused": "a file that was replaced (keys, certificate) cannot be used; what it held before stays in use",
+    "file.reread": "a file that was replaced (keys, certificate) is in use from now on",
     "fleet.draining": "the fleet is to stop: no new requests, running ones get launcher.drain_s",
     "follower.slow": "a decode worker did not read how its transfers get on; it was cut off and recomputes",
     "frame.refused": "a peer sent bytes that are no valid frame; its connection was closed",
@@ -49,6 +53,8 @@ EVENTS: dict[str, str] = {
     "journal.older": "the journal ends before what was saved in it: an older copy or a loss; it goes on renamed",
     "journal.saved": "the journal is written again after it failed",
     "journal.truncated": "the journal ended in a torn record, which was dropped",
+    "kv_events.failed": "an instance's KV events made no sense or cannot be had; it is tried anew",
+    "kv_events.gap": "KV events of an instance were lost for good; its blocks are learnt anew",
     "leader.gained": "this controller leads the fleet now",
     "leader.lost": "this controller does not lead any more: its lease ended, or etcd refused its writes",
     "leader.paused": "etcd did not renew this controller's lease in time: it answers nothing until etcd does",
@@ -62,9 +68,15 @@ EVENTS: dict[str, str] = {
     "router.bug": "the router failed on a request; please report it",
     "router.start": "the router listens",
     "router.stop": "the router stops: no new requests, running ones get a short time to end",
+    "stream.broken": "an instance died in the middle of a stream that could not be resumed: it ended with an error",
+    "stream.resumed": "an instance died in the middle of a stream; another goes on with it",
+    "trace.failed": "spans could not be sent to the collector; they are lost and counted",
     "transport.skipped": "a transport cannot be used on this machine; the others are",
     "upstream.failed": "an instance did not answer a request",
     "watcher.slow": "a watcher did not keep up with the changes; it was cut off and may resume",
+    "worker.exit": "a process of the router ended by itself; it is started again after a pause",
+    "worker.hung": "a process of the router does not answer the others any more; it is killed",
+    "worker.start": "a process of the router serves on the shared port",
 }
 
 _LOGGER = logging.getLogger("vllm_fleet")

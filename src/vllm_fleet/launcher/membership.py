@@ -102,13 +102,13 @@ class Life:
     def on_joined(self, answer: Registered, now: float) -> None:
         """Join worked."""
         self._joined = answer
-        self.on_beat(now)
+        self.on_beat(None, now)
 
-    def on_beat(self, now: float) -> None:
-        """The controller knows that it lives."""
+    def on_beat(self, told_s: float | None, now: float) -> None:
+        """The controller knows that it lives. ``told_s``: how long to wait now; None: as it said at first."""
         self._calling = False
         assert self._joined is not None, "a heartbeat of nobody"
-        self._call_at = now + self._joined.heartbeat_s
+        self._call_at = now + (self._joined.heartbeat_s if told_s is None else told_s)
 
     def on_failed(self, now: float, *, unknown: bool) -> None:
         """Join or Beat failed. ``unknown``: the controller does not know this life, or not as we told it."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from vllm_fleet.config.connector import ConnectorSettings, FabricFaults
 from vllm_fleet.config.fleet import FaultsConfig, FleetConfig
 from vllm_fleet.core.errors import ConfigError
-from vllm_fleet.launcher import connectors
+from vllm_fleet.launcher import connectors, kv_events
 from vllm_fleet.launcher.gpus import Gpus, check_enough
 from vllm_fleet.launcher.machine import Machine
+from vllm_fleet.launcher.router_settings import ROUTER_ADMIN, router_settings
 from vllm_fleet.launcher.spec import Kind, ProcessSpec
 from vllm_fleet.wire.names import Role
 
@@ -29,6 +30,7 @@ OWNED = {
     "--kv-transfer-config": "the keys under 'connector', 'handoff' and 'fabric' set it",
 }
 """vLLM arguments that are ours to give, and why."""
+DATA_PARALLEL = ("-dp", "--data-parallel-size")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Place:
     tmp: Mapping[str, str]
     """Folder for temporary files of each instance."""
     instance_host: str = INSTANCE_HOST
+    tmp_folder: str = ""
 
 
 def instance_names(config: FleetConfig) -> list[tuple[str, Role]]:
@@ -93,9 +96,9 @@ def plan_own(config: FleetConfig, machine: Machine, place: Place, ports: Mapping
     return (*controllers, _router(config, machine, place, ports))
 
 
-def url(host: str, port: int | str) -> str:
+def url(host: str, port: int | str, scheme: str = "http") -> str:
     """``http://host:port``, with brackets around an IPv6 address."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _controllers(config: FleetConfig, ports: Mapping[str, int | str]) -> str | tuple[str, ...]:
@@ -122,18 +125,11 @@ def _controller(config: FleetConfig, machine: Machine, place: Place, name: str, 
 
 
 def _router(config: FleetConfig, machine: Machine, place: Place, ports: Mapping[str, int]) -> ProcessSpec:
-    port = ports["router"]
-    settings = {
-        "fleet": config.name,
-        "host": config.router.host,
-        "port": port,
-        "token_file": place.token_file,
-        "controller": _controllers(config, ports),
-        "request_timeout_s": config.router.request_timeout_s,
-        "handoff": config.router.handoff,
-        "stop_s": config.launcher.drain_s,
-    }
-    return _own_process("router", "router", machine, place, settings, url(config.router.host, port))
+    settings = router_settings(config, ports, place.token_file, _controllers(config, ports), place.tmp_folder)
+    part, admin = config.router, ports.get(ROUTER_ADMIN)
+    address = url(part.host, ports["router"], "http" if part.tls.cert_file is None else "https")
+    made = _own_process("router", "router", machine, place, settings, address)
+    return replace(made, admin_url=None if admin is None else url(part.admin_host, admin))
 
 
 def _own_process(
@@ -182,8 +178,8 @@ def plan_instance(
     args = role_args(config, role)
     if machine.cpu_build and not _chooses_compilation(args):
         argv.append("--enforce-eager")
-    argv += args
     tmp = place.tmp.get(name)
+    argv += [*args, *kv_events.arguments(config, place.tmp_folder, tmp, name, option(args, *DATA_PARALLEL))]
     env = _instance_env(config, machine, gpus, tmp, connectors.environment(config, machine, name, ports))
     own_tmp = tmp if tmp is not None and env.get("TMPDIR") == tmp else None
     registered = connectors.fingerprint(config)
@@ -232,10 +228,11 @@ def role_args(config: FleetConfig, role: Role) -> tuple[str, ...]:
 
 def check_vllm_args(config: FleetConfig) -> None:
     """ConfigError when an argument is ours, in any spelling vLLM accepts."""
+    ours = OWNED | ({kv_events.ARGUMENT: "router.policy sets it"} if kv_events.wanted(config) else {})
     for setting in ("vllm_args", "prefill_args", "decode_args"):
         for arg in getattr(config, setting):
             name = _option_name(arg)
-            for owned, reason in OWNED.items():
+            for owned, reason in ours.items():
                 # argparse takes any unique beginning of a name, and vLLM takes --a.b for a key inside a JSON argument
                 if name.startswith("--") and len(name) > 2 and owned.startswith(name.partition(".")[0]):
                     raise ConfigError(f"{setting} must not hold {arg.partition('=')[0]}: {reason}")
@@ -263,11 +260,8 @@ def _chooses_compilation(args: Sequence[str]) -> bool:
 def ranks(args: Sequence[str]) -> int:
     """GPUs one instance needs: tensor x pipeline x data parallel size."""
     total = 1
-    for names in (
-        ("-tp", "--tensor-parallel-size"),
-        ("-pp", "--pipeline-parallel-size"),
-        ("-dp", "--data-parallel-size"),
-    ):
+    sizes = (("-tp", "--tensor-parallel-size"), ("-pp", "--pipeline-parallel-size"), DATA_PARALLEL)
+    for names in sizes:
         size = option(args, *names)
         if size is not None:
             if not size.isdecimal() or int(size) < 1:

@@ -54,7 +54,8 @@ class FleetPlanner:
         self._config, self._machine, self._run = config, machine, run
         self.ports, self.fixed = preflight.choose_ports(config)
         self._tmp = run.prepare(name for name, _ in plan.instance_names(config))
-        self._place = plan.Place(str(run.token_file), str(run.settings_folder), str(run.state_folder), self._tmp)
+        folders = (str(run.token_file), str(run.settings_folder), str(run.state_folder))
+        self._place = plan.Place(*folders, self._tmp, tmp_folder=str(run.tmp_folder))
 
     def first(self) -> tuple[Slot, ...]:
         return tuple(Slot(name, role) for name, role in plan.instance_names(self._config))

@@ -9,6 +9,7 @@ from vllm_fleet.config.fleet import FleetConfig
 from vllm_fleet.core.errors import ConfigError
 from vllm_fleet.launcher.connectors import side_port_name, side_ports
 from vllm_fleet.launcher.plan import INSTANCE_HOST, controller_names, instance_names, is_folder, ranks, role_args
+from vllm_fleet.launcher.router_settings import ROUTER_ADMIN
 from vllm_fleet.net import sockets
 from vllm_fleet.wire.names import Role
 
@@ -42,22 +43,25 @@ def choose_ports(config: FleetConfig) -> tuple[dict[str, int], frozenset[str]]:
     ports: dict[str, int] = {}
     fixed: set[str] = set()
     controllers = controller_names(config)
-    own = [("router", "router", config.router.host, config.router.port)]
+    router = config.router
+    own = [("router", "router.port", router.host, router.port)]
+    own.append((ROUTER_ADMIN, "router.admin_port", router.admin_host, router.admin_port))
     for index, name in enumerate(controllers):
         first = config.controller.port
-        own.append((name, "controller", config.controller.host, first + index if first else 0))
+        own.append((name, "controller.port", config.controller.host, first + index if first else 0))
     for name, key, host, port in own:
         if port:
             if port > PORT_MAX:
-                raise ConfigError(f"{key}.port: {len(controllers)} controllers need as many ports, up to {port}")
+                raise ConfigError(f"{key}: {len(controllers)} controllers need as many ports, up to {port}")
             if port in ports.values():
-                raise ConfigError(f"{key}.port: {port} is also router.port; choose another, or 0 for a free one")
-            sockets.listen(host, port, setting=f"{key}.port").close()
+                other = next(used for known, used, _, _ in own if ports.get(known) == port)
+                raise ConfigError(f"{key}: {port} is also {other}; choose another, or 0 for a free one")
+            sockets.listen(host, port, setting=key).close()
             ports[name] = port
             fixed.add(name)
     for name, key, host, _ in own:
         if name not in ports:
-            ports[name] = _free(host, f"{key}.host", ports)
+            ports[name] = _free(host, key.replace("port", "host"), ports)
     for name, role in instance_names(config):
         add_ports(ports, config, name, role)
     return ports, frozenset(fixed)

@@ -43,6 +43,8 @@ class ProcessRecord(Struct, frozen=True):
     """Why it does not run, in a sentence."""
     node: str = ""
     """Address of the cluster's node it runs on; empty: beside the supervisor."""
+    admin_url: str = ""
+    """Where it answers its operators; empty: at ``url``."""
 
 
 class GpuRecord(Struct, frozen=True):
@@ -81,6 +83,10 @@ class FleetRecord(Struct, frozen=True):
     def url(self, kind: Kind) -> str:
         """Where the router or the (first) controller answers."""
         return self.urls(kind)[0]
+
+    def admin_url(self) -> str:
+        """Where the router's metrics and timelines are."""
+        return next(each.admin_url or each.url for each in self.processes if each.kind == "router")
 
     def urls(self, kind: Kind) -> list[str]:
         """Where all of a kind answer."""

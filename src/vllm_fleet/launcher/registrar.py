@@ -119,9 +119,9 @@ class Registrar:
                 with self._lock:
                     life.on_joined(answer, time.monotonic())
             elif isinstance(act, Beat):
-                member.client.heartbeat(act.name, act.beat, deadline)
+                ack = member.client.heartbeat(act.name, act.beat, deadline)
                 with self._lock:
-                    life.on_beat(time.monotonic())
+                    life.on_beat(ack.heartbeat_s, time.monotonic())
             elif isinstance(act, Leave):
                 member.client.deregister(act.name, act.generation, deadline)
             member.reachable = True

@@ -31,10 +31,12 @@ class ProcessSpec:
     ``argv``, ``env``, ``url`` and ``tmp`` are replaced where it runs."""
     sides: int = 0
     """On a cluster: consecutive ports beside its own."""
+    admin_url: str | None = None
+    """Where it answers its operators; None: at ``url``, like everybody."""
     fingerprint: Mapping[str, str] | None = None
     """For instances that the supervisor registers with the controller: what to say; None: they register themselves."""
 
     @property
     def health_url(self) -> str:
         """Answers 200 to GET when the process is ready."""
-        return f"{self.url}/health"
+        return f"{self.admin_url or self.url}/health"

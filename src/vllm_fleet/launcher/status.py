@@ -36,7 +36,7 @@ class Status:
     def to_json(self) -> dict[str, Any]:
         """What ``status --json`` prints."""
         return {
-            "router": {"url": self.record.url("router")},
+            "router": {"url": self.record.url("router"), "admin_url": self.record.admin_url()},
             "controller": _controllers(self.record.urls("controller")),
             "instances": [
                 {

@@ -206,7 +206,7 @@ class Supervisor:
         return [spec.url for spec in self._specs.values() if spec.kind == "controller"]
 
     def _router_url(self) -> str | None:
-        return next((spec.url for spec in self._specs.values() if spec.kind == "router"), None)
+        return next((spec.admin_url or spec.url for spec in self._specs.values() if spec.kind == "router"), None)
 
     def _bury(self, name: str) -> events.Exited:
         self._registrar.ended(name)
@@ -279,7 +279,7 @@ class Supervisor:
             name, child.kind, child.role or child.kind, "" if spec is None else spec.url, child.state, since,
             str(self._run.log_file(name)), self._pids.get(name), tuple(sorted(tree)),
             tuple(sorted(left, key=lambda one: one.path)), None if spec is None else spec.tmp,
-            child.ordered, child.note, "" if running is None else running.node,
+            child.ordered, child.note, "" if running is None else running.node, (spec and spec.admin_url) or "",
         )  # fmt: skip
 
     def _last_resort(self) -> None:

@@ -37,6 +37,11 @@ class RouterPart(msgspec.Struct, frozen=True):
     mode: str | None = None
     outcome: str | None = None
     status: int | None = None
+    tenant: str = ""
+    inner_id: str = ""
+    """Its id at instances."""
+    retries: int = 0
+    resumes: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def trace(run: RunDir, request_id: str) -> Trace:
     deadline = Deadline.after(TRACE_S, TRACE_SETTING)
     token = read_token(run.token_file)
     authorized = {"Authorization": f"Bearer {bearer(token)}"}
-    code, body = ask.get(f"{record.url('router')}/fleet/v1/requests/{quote(request_id, safe='')}", deadline, authorized)
+    code, body = ask.get(f"{record.admin_url()}/fleet/v1/requests/{quote(request_id, safe='')}", deadline, authorized)
     if code == 404:
         raise BadRequest(f"the router knows no request {request_id!r}; it remembers the last ones only (x-request-id)")
     if code != 200:
@@ -90,7 +95,7 @@ def trace(run: RunDir, request_id: str) -> Trace:
             continue
         try:
             workers[member.name] = _records(
-                member.workers[0], Credentials(record.fleet, token), request_id + suffix, deadline
+                member.workers[0], Credentials(record.fleet, token), (router.inner_id or request_id) + suffix, deadline
             )
         except FleetError as error:
             remarks.append(f"{name} does not answer: {error}")

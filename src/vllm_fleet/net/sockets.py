@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import os
 import resource
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_fleet.core import limits
 from vllm_fleet.core.deadline import Deadline
 from vllm_fleet.core.errors import ConfigError, PeerGone
 
 if TYPE_CHECKING:
     import asyncio
+    import ssl
 
 
 def is_wildcard(host: str) -> bool:
@@ -26,8 +30,20 @@ def is_wildcard(host: str) -> bool:
         return False
 
 
-def listen(host: str, port: int, *, setting: str, backlog: int = 128, allow_wildcard: bool = False) -> socket.socket:
+def listen(
+    host: str,
+    port: int,
+    *,
+    setting: str,
+    backlog: int = 128,
+    allow_wildcard: bool = False,
+    shared: bool = False,
+    silent: bool = False,
+) -> socket.socket:
     """A listening TCP socket; port 0 picks a free one.
+
+    ``shared``: other processes of this user may listen there too, and the kernel deals connections out among them.
+    ``silent``: the port is taken, but nothing is accepted on it.
 
     Raises:
         ConfigError: the port is taken, the address is not this machine's, or it is a wildcard that was not allowed;
@@ -42,8 +58,11 @@ def listen(host: str, port: int, *, setting: str, backlog: int = 128, allow_wild
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
-        listener.listen(backlog)
+        if not silent:
+            listener.listen(backlog)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
@@ -56,11 +75,39 @@ def listen(host: str, port: int, *, setting: str, backlog: int = 128, allow_wild
     return listener
 
 
-async def serve(listener: socket.socket, protocol: Callable[[], asyncio.Protocol], backlog: int) -> asyncio.Server:
+def listen_unix(path: str, backlog: int) -> socket.socket:
+    """A listening unix socket that only this user can connect to, in place of a file that is there.
+
+    Raises:
+        ConfigError: the path cannot be used.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        Path(path).unlink(missing_ok=True)
+        listener.bind(path)
+        listener.listen(backlog)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {path}: {error.strerror or error}") from error
+    finally:
+        os.umask(mask)
+    return listener
+
+
+async def serve(
+    listener: socket.socket, protocol: Callable[[], asyncio.Protocol], backlog: int, tls: ssl.SSLContext | None = None
+) -> asyncio.Server:
     """Let the event loop accept on ``listener``, a protocol for each connection; the server then owns the socket."""
     import asyncio  # threads that only dial do not pay for it
 
-    return await asyncio.get_running_loop().create_server(protocol, sock=listener, backlog=backlog)
+    loop = asyncio.get_running_loop()
+    if listener.family == socket.AF_UNIX:
+        return await loop.create_unix_server(protocol, sock=listener, backlog=backlog)
+    handshake_s = None if tls is None else limits.TLS_HANDSHAKE_S
+    return await loop.create_server(
+        protocol, sock=listener, backlog=backlog, ssl=tls, ssl_handshake_timeout=handshake_s
+    )
 
 
 def allow_many() -> int:

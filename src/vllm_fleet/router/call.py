@@ -21,3 +21,13 @@ class Call:
     began: float
     deadline: Deadline
     timeline: Timeline
+    key: str = ""
+    """Whose turn it takes in the queue: the name of its API key. Empty: told by its Authorization header."""
+
+    @property
+    def inner_id(self) -> str:
+        """Its X-Request-Id at instances. Never one that a client chose: vLLM ends every request of an id together when
+        one of them is aborted (v1/engine/output_processor.py, external_req_ids), so two clients with one id would
+        cancel each other.
+        """
+        return self.timeline.inner_id or self.request_id

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 from vllm_fleet.core import limits
+from vllm_fleet.router.breaker import Breaker
 from vllm_fleet.wire.control import MAY_DIFFER, Change, Desired, Member, News, Snapshot
-
-
-@dataclass(slots=True)
-class _Backoff:
-    until: float
-    refusals: int
 
 
 class FleetView:
@@ -21,6 +14,8 @@ class FleetView:
 
     The view outlives the controller: it stays as it is until something newer is known. A controller that restarted
     without its journal knows nobody at first; members only the old one knew stay in use for ORPHAN_S meanwhile.
+
+    Lists it returns are kept and given again while nothing changes: they are not to be changed.
     """
 
     def __init__(self) -> None:
@@ -28,8 +23,13 @@ class FleetView:
         self._controller = ""
         self._revision = -1
         self._orphan_until: dict[str, float] = {}
-        self._backoff: dict[str, _Backoff] = {}
+        self._breakers: dict[str, Breaker] = {}
+        self._open: set[str] = set()
+        self._warming: set[str] = set()
+        self._credit: dict[str, float] = {}
         self._in_flight: Counter[str] = Counter()
+        self._lists: dict[str, list[Member]] = {}
+        self._fits: dict[tuple[str, str], bool] = {}
 
     def apply(self, event: News, now: float) -> set[str]:
         """Take over what the controller says. An old or repeated change is ignored.
@@ -38,18 +38,30 @@ class FleetView:
             Incarnations that ended: whatever still waits for one of them waits in vain.
         """
         before = {member.incarnation for member in self._members.values()}
+        served = {member.incarnation for member in self._members.values() if member.state == "ready"}
         if isinstance(event, Snapshot):
             self._replace(event, now)
         elif event.revision > self._revision:
             self._revision = event.revision
             if not isinstance(event, Desired):
                 self._change(event)
+        self._lists.clear()
+        self._fits.clear()
+        if served:
+            self._warm_up(served, now)
         return before - {member.incarnation for member in self._members.values()}
+
+    def _warm_up(self, served: set[str], now: float) -> None:
+        """Lives that become ready in a fleet that serves already get their share little by little."""
+        for name, member in self._members.items():
+            if member.state == "ready" and member.incarnation not in served:
+                self._breaker(name).warm_up(now)
+                self._warming.add(name)
 
     def _change(self, event: Change) -> None:
         name = event.member.name
         self._orphan_until.pop(name, None)
-        self._backoff.pop(name, None)
+        self._forgive(name)
         if event.member.state == "gone":
             self._members.pop(name, None)
         else:
@@ -63,8 +75,8 @@ class FleetView:
             for name in self._members.keys() - members.keys():
                 orphans[name] = self._orphan_until.get(name, now + limits.ORPHAN_S)
                 members[name] = self._members[name]
-        for name in self._backoff.keys() - orphans.keys():
-            del self._backoff[name]
+        for name in self._breakers.keys() - orphans.keys():
+            self._forgive(name)
         self._members, self._orphan_until = members, orphans
         self._controller, self._revision = snapshot.controller, snapshot.revision
 
@@ -72,7 +84,8 @@ class FleetView:
         for name in [name for name, until in self._orphan_until.items() if until <= now]:
             del self._orphan_until[name]
             self._members.pop(name, None)
-            self._backoff.pop(name, None)
+            self._forgive(name)
+            self._lists.clear()
 
     # Who may take what ---------------------------------------------------------------------------------------------
 
@@ -82,29 +95,73 @@ class FleetView:
 
     def splits(self) -> bool:
         """Whether the fleet has prefill instances at all, ready or not: without them nothing is ever handed off."""
-        return any(member.role == "prefill" for member in self._members.values())
+        return bool(self._list("splits", 0.0))
 
     def ready(self, now: float) -> list[Member]:
         """Members that may get requests now, by name."""
-        return list(self._ready(now))
+        return self._list("ready", now)
 
     def prefills(self, now: float) -> list[Member]:
         """Ready members that may compute prompts for others."""
-        return [member for member in self._ready(now) if member.role != "decode"]
+        return self._list("prefills", now)
 
     def decodes(self, now: float) -> list[Member]:
         """Ready members that may write answers."""
-        return [member for member in self._ready(now) if member.role != "prefill"]
+        return self._list("decodes", now)
 
-    def _ready(self, now: float) -> Iterator[Member]:
-        self._expire_orphans(now)
-        for member in self.members():
-            if member.state == "ready" and not self.is_down(member.name, now):
-                yield member
+    def _list(self, which: str, now: float) -> list[Member]:
+        """One of the lists; without the instances whose breaker is open."""
+        if self._orphan_until:
+            self._expire_orphans(now)
+        found = self._lists.get(which)
+        if found is None:
+            everyone = self.members()
+            ready = [member for member in everyone if member.state == "ready"]
+            self._lists = {
+                "splits": [member for member in everyone if member.role == "prefill"],
+                "ready": ready,
+                "prefills": [member for member in ready if member.role != "decode"],
+                "decodes": [member for member in ready if member.role != "prefill"],
+            }
+            found = self._lists[which]
+        if self._open and which != "splits":
+            return [member for member in found if not self.is_down(member.name, now)]
+        return found
 
     def left_alone(self, now: float) -> list[Member]:
-        """Members that are ready, but refused a connection a short while ago; for when nobody else is left."""
+        """Members that are ready, but whose breaker is open; for when nobody else is left."""
         return [m for m in self.members() if m.state == "ready" and self.is_down(m.name, now)]
+
+    def offered(self, members: list[Member], now: float, requests_max: int = 0) -> list[Member]:
+        """Those of ``members`` to choose from for the next request: with room, and each warming one by its share.
+
+        All of them where nobody would be left.
+        """
+        if requests_max:
+            members = [m for m in members if self._in_flight[m.name] < requests_max] or members
+        if not self._warming or len(members) < 2:
+            return members
+        taking = [member for member in members if member.name not in self._warming or self._turn(member.name, now)]
+        return taking or members
+
+    def _turn(self, name: str, now: float) -> bool:
+        """Whether a warming instance takes part this time: so often that it gets its share."""
+        share = self._breaker(name).share(now)
+        if share >= 1.0:
+            self._warming.discard(name)
+            self._credit.pop(name, None)
+            return True
+        credit = self._credit.get(name, 0.0) + share
+        self._credit[name] = credit - 1.0 if credit >= 1.0 else credit
+        return credit >= 1.0
+
+    def fits(self, one: Member, other: Member) -> bool:
+        """``compatible``, remembered."""
+        key = one.incarnation, other.incarnation
+        found = self._fits.get(key)
+        if found is None:
+            found = self._fits[key] = compatible(one, other)
+        return found
 
     # What this router saw ------------------------------------------------------------------------------------------
 
@@ -112,9 +169,11 @@ class FleetView:
         """Requests this router has running at ``name``."""
         return self._in_flight[name]
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, now: float = 0.0) -> None:
         """A request is sent to ``name``. Each call is paired with one of ``end``."""
         self._in_flight[name] += 1
+        if name in self._open:
+            self._breakers[name].begin(now)
 
     def end(self, name: str) -> None:
         """A request at ``name`` is over."""
@@ -124,27 +183,63 @@ class FleetView:
             del self._in_flight[name]
 
     def is_down(self, name: str, now: float) -> bool:
-        """Whether ``name`` refused a connection a short while ago."""
-        backoff = self._backoff.get(name)
-        return backoff is not None and now < backoff.until
+        """Whether the breaker of ``name`` lets nothing through now."""
+        return name in self._open and not self._breakers[name].allows(now)
 
-    def mark_down(self, member: Member, now: float) -> None:
+    def open_breakers(self) -> frozenset[str]:
+        """Instances that failed and have not answered since."""
+        return frozenset(self._open)
+
+    def mark_down(self, member: Member, now: float) -> bool:
         """A connection to ``member`` was refused: leave it alone for a while, longer each time.
 
         Its next change ends that at once. A later generation of the same name is not blamed.
+
+        Returns:
+            Whether its breaker opened by this.
         """
+        return self.mark_failed(member, now, refused=True)
+
+    def mark_failed(self, member: Member, now: float, *, refused: bool = False) -> bool:
+        """``member`` did not answer, or badly. Returns whether its breaker opened by this."""
         known = self._members.get(member.name)
         if known is None or known.incarnation != member.incarnation:
-            return
-        backoff = self._backoff.setdefault(member.name, _Backoff(now, 0))
-        if now < backoff.until:  # one death refuses many requests at once; it counts as one refusal
-            return
-        backoff.until = now + min(limits.BACKOFF_S * 2**backoff.refusals, limits.BACKOFF_MAX_S)
-        backoff.refusals = min(backoff.refusals + 1, 16)
+            return False
+        opened = self._breaker(member.name).failed(now, refused=refused)
+        if opened:
+            self._open.add(member.name)
+        return opened
 
-    def mark_up(self, name: str) -> None:
+    def leave_alone(self, member: Member, until: float) -> None:
+        """``member`` asked not to be asked until then."""
+        known = self._members.get(member.name)
+        if known is not None and known.incarnation == member.incarnation:
+            self._breaker(member.name).leave_alone(until)
+            self._open.add(member.name)
+
+    def mark_up(self, name: str, now: float) -> None:
         """``name`` answered."""
-        self._backoff.pop(name, None)
+        breaker = self._breakers.get(name)
+        if breaker is None:
+            if name in self._members:
+                self._breaker(name).succeeded(now)
+            return
+        if breaker.succeeded(now):
+            self._open.discard(name)
+            self._warming.add(name)
+
+    def _breaker(self, name: str) -> Breaker:
+        found = self._breakers.get(name)
+        if found is None:
+            found = self._breakers[name] = Breaker()
+        return found
+
+    def _forgive(self, name: str) -> None:
+        """Hold nothing against whoever is called ``name``."""
+        self._breakers.pop(name, None)
+        self._open.discard(name)
+        self._warming.discard(name)
+        self._credit.pop(name, None)
 
 
 def compatible(one: Member, other: Member) -> bool:

@@ -43,9 +43,14 @@ def request_id(given: str | None, fresh: str) -> str:
     return given if given is not None and _valid_id(given) else fresh
 
 
-def to_instance(headers: Mapping[str, str], id_: str) -> dict[str, str]:
-    """Headers of the request to an instance; ``headers`` must look names up in any case."""
+def to_instance(headers: Mapping[str, str], id_: str, label: str | None = None) -> dict[str, str]:
+    """Headers of the request to an instance; ``headers`` must look names up in any case.
+
+    ``label`` takes the place of the client's session id, which instances repeat in their KV events and use for no more.
+    """
     kept = {name: headers[name] for name in _TO_INSTANCE if name in headers}
+    if label is not None:
+        kept["x-session-id"] = label
     return {**kept, "content-type": "application/json", REQUEST_ID: id_}
 
 

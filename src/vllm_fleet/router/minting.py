@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from vllm_fleet.core.env import Env
-from vllm_fleet.router.handoff import Mint
+from vllm_fleet.router.steps import Mint
 from vllm_fleet.wire.control import Member
 from vllm_fleet.wire.ticket import StreamTicket, stream_params
 

@@ -16,9 +16,10 @@ from msgspec import Raw, Struct
 
 from vllm_fleet.core.errors import BadRequest
 
-STEERING = frozenset({"kv_transfer_params", "ec_transfer_params", "request_id"})
+STEERING = frozenset({"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "request_id", "session_id"})
 """Dropped from bodies of clients, and from vllm_xargs, which vLLM merges into the same place. vLLM would take the
-request's id from here when no X-Request-Id came; the router always sends one."""
+request's id from here when no X-Request-Id came; the router always sends one. A session's id goes before X-Session-ID,
+which is the router's label in KV events, and the report mode makes instances repeat events of blocks told before."""
 
 _PREFILL_DROPS = frozenset(
     {

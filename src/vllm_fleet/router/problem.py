@@ -108,6 +108,12 @@ def overloaded() -> Problem:
     return Problem(503, "overloaded", message, "service_unavailable", headers=_retry())
 
 
+def too_many(retry_after_s: int) -> Problem:
+    """More requests than the fleet takes and the queue holds."""
+    message = f"The fleet has more requests than it can take now; try again in {retry_after_s} s."
+    return Problem(429, "too_many_requests", message, "rate_limit_error", headers={"Retry-After": str(retry_after_s)})
+
+
 def stopping() -> Problem:
     """The router goes down."""
     message = "The router is stopping; send the request again."

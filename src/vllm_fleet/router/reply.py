@@ -42,6 +42,7 @@ class Reply:
     def __init__(self, sink: Sink, handoff: Handoff, metrics: Metrics, env: Env, call: Call) -> None:
         self._sink, self._handoff, self._metrics, self._env, self._call = sink, handoff, metrics, env, call
         self._stream = False
+        self._last = 0.0
         self.status: int | None = None
         """What the client was told; None: nothing yet."""
 
@@ -56,15 +57,25 @@ class Reply:
             return
         if not self.started:
             await self._start(status, headers.to_client(pairs), None)
+        elif self._stream:
+            now = self._env.now()
+            self._metrics.meters.between.observe(now - self._last)
+            self._last = now
         await self._write(data)
 
     async def whole(self, status: int, pairs: Iterable[tuple[str, str]], body: bytes) -> None:
         """Pass on an instance's whole answer."""
+        if self.started:  # it was to go on with a stream
+            self.abort()
+            return
         await self._start(status, headers.to_client(pairs), len(body))
         await self._write(body)
 
     async def error(self, status: int, pairs: Iterable[tuple[str, str]], body: bytes, instance: str) -> None:
         """Pass on an instance's error, as an OpenAI error object."""
+        if self.started:  # it was to go on with a stream
+            await self.end_with(problem.stream_broke(instance))
+            return
         wrapped = problem.foreign(instance, status, body)
         kept = headers.to_client(pairs)
         if wrapped is not body:
@@ -93,6 +104,7 @@ class Reply:
         self.status = status
         self._stream = headers.content_type(pairs) == "text/event-stream"
         now = self._env.now()
+        self._last = now
         self._call.timeline.mark("first_byte", now)
         self._metrics.first_byte.labels(self._call.request.route.value).observe(now - self._call.began)
         await self._sink.start(status, [*pairs, *self._ours()], length)
@@ -112,4 +124,5 @@ class Reply:
 
     async def _write(self, data: bytes) -> None:
         self._metrics.answer_bytes.inc(len(data))
+        self._call.timeline.bytes_out += len(data)
         await self._sink.write(data)

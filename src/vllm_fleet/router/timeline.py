@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vllm_fleet.core import limits
-from vllm_fleet.router.handoff import Handoff
+from vllm_fleet.router.handoff import HANDED_OFF, Handoff
+from vllm_fleet.router.tracing import RequestTrace
 
 Stamp = Literal["prefill_sent", "prefill_answered", "decode_sent", "first_byte", "ended"]
 """``decode_sent`` and ``first_byte`` are of the attempt whose answer the client got; ``prefill_answered`` in full."""
@@ -30,6 +31,19 @@ class Timeline:
     """None while it runs."""
     status: int | None = None
     """What the client was told; None: nothing yet, or it hung up before."""
+    tenant: str = ""
+    """Whose API key it was; empty: nobody's."""
+    inner_id: str = ""
+    """Its X-Request-Id at instances; empty: the client's own."""
+    retries: int = 0
+    """Times it was asked for again elsewhere before its first byte."""
+    resumes: int = 0
+    """Times it went on elsewhere after that."""
+    bytes_in: int = 0
+    bytes_out: int = 0
+    """Of the bodies."""
+    trace: RequestTrace | None = None
+    """None: nobody traces it."""
 
     def mark(self, stamp: Stamp, now: float) -> None:
         """``stamp`` happened now; a later attempt at the same thing replaces the earlier one."""
@@ -45,6 +59,16 @@ class Timeline:
         """The request is over; a prefill instance that has not answered yet may still add its stamp."""
         self.outcome, self.status = outcome, status
         self.mark("ended", now)
+
+    def handoff_span(self) -> tuple[float, float] | None:
+        """When KV moved to decode: from when it could begin to load (streamed: from the start) until the first byte of
+        its answer; None: nothing was handed off, or it is not over.
+        """
+        begin = self.stamps.get("decode_sent" if self.mode == "streamed" else "prefill_answered")
+        end = self.stamps.get("first_byte")
+        if self.outcome != HANDED_OFF or begin is None or end is None:
+            return None
+        return begin, max(begin, end)
 
     def server_timing(self) -> str:
         """The value of a Server-Timing header, in ms; empty when nothing is known yet."""
@@ -70,6 +94,10 @@ class Timeline:
             "mode": self.mode,
             "outcome": self.outcome,
             "status": self.status,
+            "tenant": self.tenant,
+            "inner_id": self.inner_id or self.request_id,
+            "retries": self.retries,
+            "resumes": self.resumes,
             "seconds": {"received": 0.0} | {name: round(at, 6) for name, at in stamps},
         }
 

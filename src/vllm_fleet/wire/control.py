@@ -89,10 +89,12 @@ class Heartbeat(Struct, frozen=True):
     load: Load | None = None
 
 
-class HeartbeatAck(Struct, frozen=True):
+class HeartbeatAck(Struct, frozen=True, omit_defaults=True):
     """The answer to Heartbeat."""
 
     revision: Count
+    heartbeat_s: float | None = None
+    """How long to wait for the next one; None: as Registered said."""
 
 
 class Drain(Struct, frozen=True):
