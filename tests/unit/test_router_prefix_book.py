@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import zmq
 import zmq.asyncio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_fleet.bench.mock_cache import Held, MockCache, block_hashes
@@ -25,6 +25,8 @@ from vllm_fleet.router.prefix.book import PrefixBook
 from vllm_fleet.router.prefix.events import END, AllBlocksCleared, BlockRemoved, BlockStored, Sequence, parse
 from vllm_fleet.router.prefix.subscriber import endpoints, run_subscriptions
 from vllm_fleet.wire.control import Member
+
+RELAXED = settings(deadline=None)  # a busy machine is no failure
 
 A, B, C = InstanceName("a"), InstanceName("b"), InstanceName("c")
 BLOCK = 64
@@ -173,6 +175,7 @@ def test_labels_are_the_routers_own_and_differ() -> None:
     assert unheard.label is None, "without events instances are told nothing"
 
 
+@RELAXED
 @given(
     st.lists(st.tuples(st.sampled_from([A, B]), st.integers(0, 3), st.integers(0, 3), st.integers(1, 30)), max_size=25)
 )
@@ -256,6 +259,7 @@ def test_what_is_no_event_is_refused_by_name(payload: bytes) -> None:
         parse(payload)
 
 
+@RELAXED
 @given(st.binary(max_size=200))
 def test_no_bytes_do_worse(payload: bytes) -> None:
     try:
