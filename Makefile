@@ -4,7 +4,7 @@ SEED ?= 7
 SEEDS ?= 1
 BIN := .venv/bin
 
-.PHONY: bench-prefix help setup demo test test-long unit check format sim bench-handoff bench-streamed bench-fabric bench-cma bench-controller fuzz storm clean
+.PHONY: help setup demo test test-long unit check format sim bench-handoff bench-streamed bench-fabric bench-cma bench-controller bench-prefix fuzz storm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -52,6 +52,7 @@ bench-controller: setup  ## what a controller costs with a thousand instances
 	@$(BIN)/python -m benchmarks.controller $(ARGS)
 
 bench-prefix: setup  ## cache hits of routers on conversations that share prefixes, and what a choice costs
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet vllm-router==0.1.17 orjson
 	@$(BIN)/python -m benchmarks.prefix_trace $(ARGS)
 	@$(BIN)/python -m benchmarks.policies
 
