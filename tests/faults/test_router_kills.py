@@ -11,7 +11,7 @@ from tests.conftest import SharedFleets
 from vllm_fleet.bench.kills import Kills, Plan
 from vllm_fleet.bench.own_fleet import OwnFleet
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 
 def test_no_client_notices_that_instances_are_killed(shared_fleets: SharedFleets, tmp_path: Path) -> None:
