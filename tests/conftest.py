@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("fleet", deadline=None)  # how long an example takes says something about the machine only
+settings.load_profile("fleet")
 
 MODEL = Path(__file__).parents[1] / "examples" / "recall" / "fleet-recall"
 HANDOFFS = {"cma": "streamed", "tcp": "sequential"}
