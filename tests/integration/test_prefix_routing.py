@@ -67,6 +67,16 @@ def until(done: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def fill(fleet: OwnFleet, rng: random.Random) -> None:
+    """Ask something new until every instance holds KV of something."""
+
+    def filled() -> bool:
+        ask(fleet, make_prompt(rng, 100).text)
+        return all(held(fleet).values())
+
+    until(filled)
+
+
 def test_conversations_stay_where_their_kv_is_and_events_say_where(fleet: OwnFleet) -> None:
     rng = random.Random(7)
     texts: list[str] = []
@@ -90,7 +100,9 @@ def test_conversations_stay_where_their_kv_is_and_events_say_where(fleet: OwnFle
 
 
 def test_what_an_instance_forgot_draws_nobody_there(fleet: OwnFleet) -> None:
-    text = make_prompt(random.Random(8), 100).text
+    rng = random.Random(8)
+    fill(fleet, rng)
+    text = make_prompt(rng, 100).text
     _, home = ask(fleet, text)
     (other,) = set(fleet.instances()) - {home}
     until(lambda: held(fleet)[home] > 0)
