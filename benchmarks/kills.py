@@ -1,6 +1,6 @@
 """Streams for half an hour while an instance is killed every ten seconds, each role in turn: none may break or differ.
 
-    python -m benchmarks.kills --minutes 30 --out docs/benchmarks/kills.json
+    python -m benchmarks.kills --minutes 30 --out docs/benchmarks/2026-11-21-kills.json
 
 Two prefill and two decode instances of the demo model on this machine; the next one is killed when the one before has
 had ten seconds and another one is ready. Exit code 1 where a stream ended with an error, or differs from what an
